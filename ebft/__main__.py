@@ -1,0 +1,5 @@
+"""`python -m ebft` runs the command line."""
+
+from ebft.cli import main
+
+main()

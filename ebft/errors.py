@@ -1,0 +1,9 @@
+"""The one exception for bad input: its message is written for the person at the keyboard."""
+
+
+class UsageError(ValueError):
+    """Bad input from the user.
+
+    The message repeats the user's own key, value or shape, says what was expected and how to mend it.
+    The command line prints it alone, without a traceback, and exits with code 2.
+    """
