@@ -33,6 +33,7 @@ MASK = "mask"
 ANSWER_MASK = "answer_mask"
 DOCUMENT_IDS = "document_ids"
 SEQUENCE_IDS = "sequence_ids"
+SEED = "seed"
 ANCHORS = "anchors"
 ANCHOR_MASK = "anchor_mask"
 TARGET_TOKENS = ("target", "tokens")
@@ -72,6 +73,7 @@ FIELDS: dict[NestedKey, Field] = {
     ANSWER_MASK: Field("B T", "bool", "data (optional)"),
     DOCUMENT_IDS: Field("B T", "int", "data (optional)"),
     SEQUENCE_IDS: Field("B", "int", "data"),
+    SEED: Field("B", "int", "the loop: run seed and step, repeated per row"),
     ANCHORS: Field("B K", "int", "anchor placement (ebft.samplers.anchors)"),
     ANCHOR_MASK: Field("B K", "bool", "anchor placement (ebft.samplers.anchors)"),
     TARGET_TOKENS: Field("B K G", "int", "a sampler (ebft.samplers)"),
@@ -88,7 +90,9 @@ FIELDS: dict[NestedKey, Field] = {
     REFERENCE_LOG_PROB: Field("B K N G", "float", "reference scoring (ebft.policy)"),
     TOTAL_ROLLOUTS: Field("B", "float", "the loop: rollouts of valid anchors in the whole batch, repeated per row"),
     TOTAL_TOKENS: Field("B", "float", "the loop: unmasked rollout tokens in the whole batch, repeated per row"),
-    TOTAL_TRUNK_TOKENS: Field("B", "float", "the loop: tokens under cross-entropy in the whole batch, repeated per row"),
+    TOTAL_TRUNK_TOKENS: Field(
+        "B", "float", "the loop: tokens under cross-entropy in the whole batch, repeated per row"
+    ),
 }
 
 

@@ -1,0 +1,137 @@
+"""From logits to tokens: truncation, keyed uniform numbers, the inverse CDF. Pure functions.
+
+Every sampled token uses one uniform number that is a counter-based hash of (seed, sequence id, anchor, rollout,
+step). So a token depends on its key and its distribution only: not on how a batch was split, on which other rollouts
+were drawn, or on a device's generator; and two policies sampled with the same keys share their random numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ebft.errors import UsageError
+
+
+def check_sampling(
+    *, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, min_p: float | None = None
+) -> None:
+    """Raise UsageError on settings outside their range; temperature 0 means greedy."""
+    if temperature < 0:
+        raise UsageError(f"temperature={temperature}: expected a number > 0, or 0 for greedy decoding")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p={top_p}: expected a number in (0, 1]; 1 keeps every token")
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top_k={top_k}: expected a whole number >= 1, or nothing to keep every token")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UsageError(f"min_p={min_p}: expected a number in [0, 1], or nothing to keep every token")
+
+
+def sampling_log_probs(
+    logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of the distribution really sampled from: tempered, truncated, renormalised.
+
+    Truncations apply in the order top-k, top-p, min-p, each to the tempered distribution that the one before left.
+    Temperature 0 (greedy) puts all mass on the most likely token, the first one among ties.
+
+    Args:
+        logits: [..., V] of any float dtype.
+
+    Returns:
+        [..., V] float32 (float64 for float64 logits), -inf where truncated. Differentiable in the kept logits.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    scaled = logits / temperature if temperature != 1 else logits
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, scaled.topk(top_k, -1).indices, True)
+        scaled = scaled.masked_fill(~kept, -torch.inf)
+    if top_p < 1:
+        ordered, order = scaled.sort(-1, descending=True, stable=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        scaled = scaled.masked_fill(dropped, -torch.inf)
+    log_probs = scaled.log_softmax(-1)
+    if min_p:
+        floor = log_probs.detach().amax(-1, keepdim=True) + torch.log(torch.tensor(min_p, dtype=log_probs.dtype))
+        log_probs = log_probs.masked_fill(log_probs < floor, -torch.inf).log_softmax(-1)
+    return log_probs
+
+
+def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative distribution first exceeds each uniform number.
+
+    Args:
+        log_probs: [..., V].
+        uniform: [..., Q] float64 in [0, 1): Q draws from each distribution.
+
+    Returns:
+        [..., Q] int64, never a token of probability zero.
+    """
+    # float64: at V = 49k the rounding of a float32 running sum is larger than many of the probabilities
+    cumulative = log_probs.double().exp().cumsum(-1)
+    total = cumulative[..., -1:]
+    # strictly below the total even when the product rounds up to it, so that a trailing zero is never drawn
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold.contiguous(), right=True)
+
+
+def keyed_uniform(
+    seed: int | torch.Tensor, sequence_ids: torch.Tensor, anchors: torch.Tensor, *, rollouts: int, step: int
+) -> torch.Tensor:
+    """One uniform number for each rollout of each anchor at one step.
+
+    Args:
+        seed: any integer, or [B] int64, one for each sequence.
+        sequence_ids: [B] int64, what the sequences are called (not where they stand in the batch).
+        anchors: [B,K] int64 prefix lengths.
+        rollouts: N.
+        step: index of the token in its rollout, 0 <= step < G.
+
+    Returns:
+        [B,K,N] float64, multiples of 2^-53 in [0, 1).
+    """
+    device = sequence_ids.device
+    if not isinstance(seed, torch.Tensor):
+        seed = torch.full((1,), seed & (2**63 - 1), dtype=torch.int64, device=device)
+    state = _mix(seed[:, None, None])
+    for part in (
+        sequence_ids[:, None, None],
+        anchors[:, :, None],
+        torch.arange(rollouts, device=device)[None, None, :],
+        torch.full((1, 1, 1), step, dtype=torch.int64, device=device),
+    ):
+        state = _mix(state ^ _mix(part + _GOLDEN))
+    return _shift_right(state, 11).double() * 2.0**-53
+
+
+# The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on wrapping int64 arithmetic.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch shifts the sign of an int64 in."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    value = (value ^ _shift_right(value, 30)) * _FIRST
+    value = (value ^ _shift_right(value, 27)) * _SECOND
+    return value ^ _shift_right(value, 31)
+
+
+def until_eos(tokens: torch.Tensor, eos: int | None) -> torch.Tensor:
+    """[...,G] tokens -> [...,G] bool: True up to and including the first EOS."""
+    if eos is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    ended = (tokens == eos).long().cumsum(-1)
+    return (ended - (tokens == eos).long()) == 0

@@ -1,0 +1,66 @@
+"""A sampler as one step of a pipeline: anchors, targets and rollouts, written under the schema's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict.nn import TensorDictModule
+
+from ebft import schema
+from ebft.samplers.anchors import targets
+
+Place = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Engine = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def sampler(
+    place: Place, engine: Engine, *, horizon: int, documents: bool = True, answers: bool = False, **sampling
+) -> TensorDictModule:
+    """Put an anchor placement and a sampling engine together.
+
+    Args:
+        place: (mask, *, answer_mask, document_ids) -> (anchors, anchor_mask); e.g. `anchors.strided` with its numbers
+            bound by `functools.partial`.
+        engine: `CausalPolicy.sample` of a policy, or any function with its arguments and results.
+        horizon: G.
+        documents, answers: whether the data carries `document_ids`, `answer_mask`; they are required then.
+        sampling: passed on to the engine (rollouts, temperature, eos, ...).
+
+    Returns:
+        A module that reads tokens, mask, sequence_ids, seed and writes anchors, anchor_mask, the targets' tokens and
+        mask, the rollouts' tokens, log_prob and mask.
+    """
+
+    def sample(tokens, mask, sequence_ids, seed, *optional):
+        given = dict(zip(names, optional, strict=True))
+        anchors, anchor_mask = place(mask, **given)
+        target_tokens, target_mask = targets(tokens, anchors, anchor_mask, horizon=horizon)
+        rollouts = engine(
+            tokens,
+            mask,
+            anchors,
+            anchor_mask,
+            horizon=horizon,
+            seed=seed,
+            sequence_ids=sequence_ids,
+            document_ids=given.get("document_ids"),
+            **sampling,
+        )
+        return anchors, anchor_mask, target_tokens, target_mask, *rollouts
+
+    names = ["document_ids"] * documents + ["answer_mask"] * answers
+    return TensorDictModule(
+        sample,
+        in_keys=[schema.TOKENS, schema.MASK, schema.SEQUENCE_IDS, schema.SEED, *names],
+        out_keys=[
+            schema.ANCHORS,
+            schema.ANCHOR_MASK,
+            schema.TARGET_TOKENS,
+            schema.TARGET_MASK,
+            schema.ROLLOUT_TOKENS,
+            schema.ROLLOUT_LOG_PROB,
+            schema.ROLLOUT_MASK,
+        ],
+        strict=True,
+    )

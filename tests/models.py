@@ -1,0 +1,93 @@
+"""Tiny random models of many architectures, and one plain forward per rollout as the oracle."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 29
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+HALF_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+CONFIGS = {
+    "llama": GATED,
+    "llama-mqa-untied": {**GATED, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "qwen2": {k: v for k, v in GATED.items() if k != "head_dim"},
+    "qwen3": GATED,
+    "mistral-window": {**GATED, "sliding_window": 5},
+    "gemma2": {
+        **GATED,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {**GATED, "sliding_window": 5, "layer_types": HALF_SLIDING, "query_pre_attn_scalar": 8},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
+    "gpt_neox": {**SMALL, "intermediate_size": 48, "rotary_pct": 0.5},
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {**SMALL, "intermediate_size": 48},
+    "olmo2": {k: v for k, v in GATED.items() if k != "head_dim"},
+    "granite": {**GATED, "logits_scaling": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    "cohere": {**GATED, "logit_scale": 0.5},
+    "qwen3_moe": {**GATED, **EXPERTS, "num_experts": 4},
+    "gpt_oss": {**GATED, "num_local_experts": 4, "sliding_window": 5, "num_experts_per_tok": 2},
+}
+NAMES = tuple(CONFIGS)
+
+
+def tiny(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
+    """A random model, weights drawn wide enough that attention is far from uniform."""
+    config = AutoConfig.for_model(name.split("-")[0], **{**CONFIGS[name], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.25)
+    return model.eval()
+
+
+def plain_logits(model, context: torch.Tensor) -> torch.Tensor:
+    """[T'] tokens -> [T',V] logits of one plain forward."""
+    ones = torch.ones_like(context)[None]
+    return model(input_ids=context[None], attention_mask=ones, use_cache=False).logits[0]
+
+
+def independent_score(model, tokens, anchors, anchor_mask, rollout_tokens, rollout_mask, starts=None):
+    """One forward per prefix and rollout: [B,K,N,G] log-probs at temperature 1, 0 where masked, with gradient.
+
+    `starts` [B,K]: where the context's document starts, 0 by default.
+    """
+    _, _, rollouts, horizon = rollout_tokens.shape
+    rows = []
+    for b, k in torch.cartesian_prod(*map(torch.arange, anchors.shape)).tolist():
+        begin, a = (0 if starts is None else int(starts[b, k])), int(anchors[b, k])
+        for n in range(rollouts):
+            if not anchor_mask[b, k]:
+                rows.append(torch.zeros(horizon, dtype=model.dtype))
+                continue
+            row = torch.cat([tokens[b, begin:a], rollout_tokens[b, k, n]])
+            log_probs = plain_logits(model, row).log_softmax(-1)[a - begin - 1 : -1]
+            picked = log_probs.gather(-1, rollout_tokens[b, k, n, :, None])[:, 0]
+            rows.append(torch.where(rollout_mask[b, k, n], picked, 0.0))
+    return torch.stack(rows).view(rollout_tokens.shape)
