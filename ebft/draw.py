@@ -75,12 +75,33 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     Returns:
         [..., Q] int64, never a token of probability zero.
     """
-    # float64: at V = 49k the rounding of a float32 running sum is larger than many of the probabilities
-    cumulative = log_probs.double().exp().cumsum(-1)
-    total = cumulative[..., -1:]
-    # strictly below the total even when the product rounds up to it, so that a trailing zero is never drawn
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold.contiguous(), right=True)
+    # Two levels, blocks of tokens and tokens of a block: a running sum over V = 49k in float64 takes four times as
+    # long, and in float32 its rounding is larger than many of the probabilities.
+    probabilities = log_probs.exp()
+    size = probabilities.shape[-1]
+    if size % _BLOCK:
+        probabilities = torch.nn.functional.pad(probabilities, (0, -size % _BLOCK))
+    blocks = probabilities.unflatten(-1, (-1, _BLOCK))
+    block, rest = _locate(blocks.sum(-1, dtype=torch.float64), uniform, fraction=True)
+    inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK)).double()  # [..., Q, _BLOCK]
+    token, _ = _locate(inside, rest[..., None], fraction=False)
+    return block * _BLOCK + token[..., 0]
+
+
+_BLOCK = 128
+
+
+def _locate(masses: torch.Tensor, level: torch.Tensor, *, fraction: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of `masses` [..., M] first exceeds each `level` [..., Q], and what is left of the level.
+
+    The level is a fraction of the total, or a mass. It is kept strictly below the total, whatever the rounding, so
+    that a trailing zero mass is never chosen.
+    """
+    running = masses.cumsum(-1)
+    total = running[..., -1:]
+    level = torch.minimum(level * total if fraction else level, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(running, level.contiguous(), right=True)
+    return index, level - (running - masses).gather(-1, index)
 
 
 def keyed_uniform(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from ebft import attention
 from ebft.draw import check_sampling, inverse_cdf, keyed_uniform, sampling_log_probs, until_eos
 from ebft.errors import UsageError
+from ebft.export import save_causal_lm
 from ebft.layout import NestedPrefixLayout
+from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
 
 # Layer types whose keys and values can be shared by all rollouts of a prefix.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -58,6 +61,31 @@ class CausalPolicy:
         self.causal_lm.set_attn_implementation(attention.NAME)
         self._check_against_plain_forward()
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, device: str = "auto", dtype: str = "auto", lora: int | None = None, seed: int = 0, **options
+    ) -> CausalPolicy:
+        """Load a policy.
+
+        Args:
+            name: an embedded name (`smollm2-135m`), a folder or a hub id.
+            device: `auto`, `cpu`, `cuda`, `cuda:N`.
+            dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; with adapters the frozen
+                weights are kept in bfloat16) or a torch dtype's name for weights and compute.
+            lora: rank of LoRA adapters, None for full fine-tuning; `seed` draws their start.
+            options: `kernel`, `head_rows`.
+
+        Raises:
+            UsageError: anything that cannot be loaded, chosen or served.
+        """
+        chosen = choose_device(device)
+        weights, autocast = choose_precision(dtype, chosen)
+        frozen = autocast if lora and autocast else weights
+        model, tokenizer = load_causal_lm(name, weights=frozen, device=chosen)
+        if lora:
+            model = add_adapters(model, rank=lora, seed=seed)
+        return cls(model, tokenizer, autocast=autocast, **options)
+
     # ---- what it is made of
 
     @property
@@ -80,6 +108,10 @@ class CausalPolicy:
             return frozen
         frozen.model = frozen.causal_lm = copy.deepcopy(self.causal_lm).requires_grad_(False)
         return frozen
+
+    def save_pretrained(self, path) -> None:
+        """Write the policy as a plain Hugging Face folder, adapters merged; see `ebft.export.save_causal_lm`."""
+        save_causal_lm(self.model, self.tokenizer, Path(path))
 
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:

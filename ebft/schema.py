@@ -111,9 +111,7 @@ def check(td: TensorDictBase, *keys: NestedKey) -> None:
         shape = list(value.shape)
         letters = field.shape.split()
         if len(shape) != len(letters):
-            raise UsageError(
-                f"key {key!r} has shape {shape}, wanted [{field.shape}] ({len(letters)} axes), written by {field.writer}"
-            )
+            raise UsageError(f"key {key!r} has shape {shape}, wanted [{field.shape}], written by {field.writer}")
         if _kind(value) != field.kind:
             raise UsageError(f"key {key!r} has dtype {value.dtype}, wanted {field.kind}, written by {field.writer}")
         for letter, size in zip(letters, shape, strict=True):

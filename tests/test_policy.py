@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 
-from ebft.draw import inverse_cdf, keyed_uniform, sampling_log_probs
-from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 from tests.models import NAMES, VOCABULARY, independent_score, plain_logits, tiny
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -20,8 +21,9 @@ def sampler(
     """Put an anchor placement and a sampling engine together.
 
     Args:
-        place: (mask, *, answer_mask, document_ids) -> (anchors, anchor_mask); e.g. `anchors.strided` with its numbers
-            bound by `functools.partial`.
+        place: (mask, *, document_ids, answer_mask) -> (anchors, anchor_mask), the last two if announced below; e.g.
+            `functools.partial(anchors.strided, stride=8, first=8, horizon=8)`. One that draws has a parameter `seed`
+            as well and gets [B] int64.
         engine: `CausalPolicy.sample` of a policy, or any function with its arguments and results.
         horizon: G.
         documents, answers: whether the data carries `document_ids`, `answer_mask`; they are required then.
@@ -34,7 +36,8 @@ def sampler(
 
     def sample(tokens, mask, sequence_ids, seed, *optional):
         given = dict(zip(names, optional, strict=True))
-        anchors, anchor_mask = place(mask, **given)
+        drawing = {"seed": seed} if place_draws else {}
+        anchors, anchor_mask = place(mask, **drawing, **given)
         target_tokens, target_mask = targets(tokens, anchors, anchor_mask, horizon=horizon)
         rollouts = engine(
             tokens,
@@ -49,6 +52,7 @@ def sampler(
         )
         return anchors, anchor_mask, target_tokens, target_mask, *rollouts
 
+    place_draws = "seed" in inspect.signature(place).parameters
     names = ["document_ids"] * documents + ["answer_mask"] * answers
     return TensorDictModule(
         sample,

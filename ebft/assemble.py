@@ -1,0 +1,226 @@
+"""From the command line's options to the parts of a run; what needs no model is checked before one is loaded."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tensordict import TensorDictBase
+
+from ebft import schema
+from ebft.components import choose, resolve_options
+from ebft.data.documents import load_documents, split_documents
+from ebft.data.packing import pack
+from ebft.errors import UsageError
+from ebft.features.contract import as_module
+from ebft.files import write_json
+from ebft.loops.run import open_folder, run
+from ebft.objectives.component import objective
+from ebft.objectives.losses import EBFTLoss
+from ebft.policy import CausalPolicy
+from ebft.samplers.component import sampler
+
+GROUPS = ("sampler", "features", "objective", "estimator")
+COMPONENT_OPTIONS = (
+    "stride",
+    "first",
+    "encoder",
+    "context_tokens",
+    "layers",
+    "pooling",
+    "ngram",
+    "alignment",
+    "kernel",
+)
+PACKAGES = ("ebft", "torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
+
+
+def run_from_options(
+    options: Mapping[str, Any], *, explicit: set[str], out: Path | None, resume: bool, console: Console
+) -> None:
+    """Check the options, assemble the parts, run.
+
+    Args:
+        options: those of the command line, by parameter name.
+        explicit: which of them the user gave; with `resume` the others are those of the run in `out`.
+
+    Raises:
+        UsageError: any bad input, before anything is written.
+    """
+    options = dict(options)
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs --out, the folder of the run to go on with")
+        open_folder(out, resume=True)
+        options = _stored_options(out, options, explicit)
+    check_options(options)
+    chosen = {group: options[group] for group in GROUPS}
+    given = {name: options[name] for name in COMPONENT_OPTIONS}
+    resolved = resolve_options(chosen, given)
+    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options['features']}-{options['sampler']}"
+    if not resume:
+        open_folder(out, resume=False) if out.exists() else None  # refuse before the work, make it after the checks
+
+    documents = split_documents(load_documents(options["data"], text_field=options["text_field"]))
+    console.print(f"policy {options['policy']}, features {options['features']}", highlight=False)
+    policy = CausalPolicy.from_pretrained(
+        options["policy"],
+        device=options["device"],
+        dtype=options["dtype"],
+        lora=options["lora"] or None,
+        seed=options["seed"],
+    )
+    reference = policy.reference()
+    pipeline = build_pipeline(policy, reference, options, resolved)
+    train_rows, held_rows = (
+        _usable(pack(part, policy.tokenizer, length=options["length"]), options, resolved) for part in documents
+    )
+    if options["batch"] > len(train_rows):
+        raise UsageError(
+            f"--batch {options['batch']}: the training text gives only {len(train_rows)} sequences of"
+            f" --length {options['length']}. Give more text, or a smaller batch or length"
+        )
+    held_rows = _subset(held_rows, options["held_out"])
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(options["steps"]))
+    loss = EBFTLoss(cross_entropy_coefficient=options["ce"], kl_coefficient=options["kl"])
+    console.print(
+        f"{len(train_rows):,} training and {len(held_rows)} held-out sequences of {options['length']} tokens;"
+        f" {sum(p.numel() for p in parameters):,} trained weights on {policy.device}",
+        highlight=False,
+    )
+    config = {
+        "options": options,
+        "components": {group: {"name": name, **resolved[group]} for group, name in chosen.items()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": _machine(policy.device),
+        "sequences": {"training": len(train_rows), "held_out": len(held_rows)},
+    }
+    if not resume:
+        open_folder(out, resume=False)
+        write_json(out / "config.json", config)
+    run(
+        policy,
+        pipeline,
+        loss,
+        data=train_rows,
+        held_out=held_rows,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        reference=reference,
+        out=out,
+        config=config,
+        steps=options["steps"],
+        batch_size=options["batch"],
+        micro_batch=options["micro_batch"],
+        seed=options["seed"],
+        scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
+        save_every=options["save_every"],
+        console=console,
+    )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """What can be known to be wrong from the options alone.
+
+    Raises:
+        UsageError: one clear message, naming the option, its value and what is expected.
+    """
+    length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
+    if horizon < 1:
+        raise UsageError(f"--horizon {horizon}: expected a whole number >= 1")
+    if horizon >= length:
+        raise UsageError(f"--horizon {horizon} does not fit --length {length}: a sequence needs context and a target")
+    if options["temperature"] <= 0:
+        raise UsageError(
+            f"--temperature {options['temperature']}: expected a number > 0; greedy rollouts have no policy gradient"
+        )
+    if not 0 < options["top_p"] <= 1:
+        raise UsageError(f"--top-p {options['top_p']}: expected a number in (0, 1]; 1 keeps every token")
+    if rollouts < 1:
+        raise UsageError(f"--rollouts {rollouts}: expected a whole number >= 1")
+    if rollouts == 1:
+        reason = "held-out feature matching compares rollouts with each other"
+        if options["diversity"] > 0:
+            reason = f"the diversity term (--diversity {options['diversity']}) compares rollouts with each other"
+        elif options["estimator"] != "none":
+            reason = f"the estimator {options['estimator']} compares a rollout with the others of its anchor"
+        raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
+    if options["diversity"] < 0:
+        raise UsageError(f"--diversity {options['diversity']}: expected a number >= 0")
+    if not options["lr"] > 0:
+        raise UsageError(f"--lr {options['lr']}: expected a number > 0")
+
+
+def build_pipeline(
+    policy: CausalPolicy, reference: CausalPolicy, options: Mapping[str, Any], resolved: Mapping[str, Mapping]
+) -> dict[str, Any]:
+    """The stages sample, embed and reward, from the options of a run and the resolved options of its components."""
+    make = {group: choose(group, options[group]).build for group in ("sampler", "features", "objective")}
+    place, engine = make["sampler"](policy, horizon=options["horizon"], **resolved["sampler"])
+    feature_map = make["features"](policy, reference, **resolved["features"])
+    return {
+        "sample": sampler(
+            place,
+            engine,
+            horizon=options["horizon"],
+            rollouts=options["rollouts"],
+            temperature=options["temperature"],
+            top_p=options["top_p"],
+            eos=policy.tokenizer.eos_token_id,
+        ),
+        "embed": as_module(feature_map, documents=True),
+        "reward": objective(
+            make["objective"](**resolved["objective"]),
+            estimator=options["estimator"],
+            diversity=options["diversity"],
+        ),
+    }
+
+
+def _usable(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
+    """The rows in which at least one anchor fits, so that no batch is without one."""
+    from ebft.samplers.anchors import strided
+
+    placement = {"stride": 1, "first": resolved["sampler"]["first"], "horizon": options["horizon"]}
+    _, anchor_mask = strided(rows[schema.MASK], document_ids=rows[schema.DOCUMENT_IDS], **placement)
+    return rows[anchor_mask.any(1)]
+
+
+def _subset(rows: TensorDictBase, count: int) -> TensorDictBase:
+    """`count` rows, the same ones for every seed, spread over the whole held-out text."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[:count]]
+
+
+def _warm_up_then_linear(steps: int):
+    """Learning-rate factor: up over the first 10 % of the steps, then linearly down to 5 %."""
+    warm_up = max(1, steps // 10)
+    return lambda step: min((step + 1) / warm_up, max(0.05, 1 - (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _stored_options(out: Path, options: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
+    stored = json.loads((out / "config.json").read_text())["options"]
+    changed = {name: options[name] for name in explicit if options[name] != stored.get(name)}
+    if changed:
+        differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored.get(k)})" for k, v in changed.items())
+        raise UsageError(f"--resume goes on with the options of {out}, but {differences}: leave them out")
+    return {**options, **stored}
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }

@@ -1,0 +1,141 @@
+"""The command line: parsing, help and errors; the work is elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ebft.errors import UsageError
+
+app = typer.Typer(
+    help="Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+MODEL, DATA, SAMPLING = "Model", "Text", "Rollouts"
+MATCHING, TRAINING, OUTPUT = "What is matched", "Training", "Output"
+
+
+@app.callback()
+def _app() -> None:
+    """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
+
+
+def _option(panel: str, help: str, *names: str, **extra: Any):
+    return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    policy: Annotated[str, _option(MODEL, "Model to train: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
+    lora: Annotated[int, _option(MODEL, "Rank of LoRA adapters; 0 trains all weights.", min=0)] = 16,
+    device: Annotated[str, _option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, _option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
+    ] = "auto",
+    data: Annotated[
+        str,
+        _option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl file or a hub dataset id."),
+    ] = "stdlib",
+    text_field: Annotated[
+        str | None, _option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
+    ] = None,
+    length: Annotated[int, _option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
+    sampler: Annotated[str, _option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
+    stride: Annotated[int | None, _option(SAMPLING, "Tokens between neighbouring anchors (default 8)")] = None,
+    first: Annotated[int | None, _option(SAMPLING, "Context tokens before the first anchor (default 8)")] = None,
+    horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout and of its target.")] = 8,
+    rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor; the baseline wants 3 or more.")] = 4,
+    temperature: Annotated[
+        float, _option(SAMPLING, "Sampling temperature; the gradient is the tempered policy's.")
+    ] = 1.0,
+    top_p: Annotated[float, _option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
+    features: Annotated[str, _option(MATCHING, "Feature map whose moments are matched.")] = "sbert",
+    encoder: Annotated[
+        str | None, _option(MATCHING, "sbert: sentence encoder, a name, folder or hub id (default minilm-l6)")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, _option(MATCHING, "sbert: tokens of the prefix embedded with the rollout (default 0)")
+    ] = None,
+    layers: Annotated[
+        str | None, _option(MATCHING, "hidden: depth fractions, indices, last or mean (default 0.25,0.5,0.75)")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        _option(MATCHING, "hidden: last, mean, concat_quantiles or concat_all tokens of a rollout (default last)"),
+    ] = None,
+    ngram: Annotated[int | None, _option(MATCHING, "ngram: longest n-gram that is counted (default 2)")] = None,
+    objective: Annotated[str, _option(MATCHING, "Reward of a rollout, from its features.")] = "feature_matching",
+    alignment: Annotated[
+        str | None, _option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
+    ] = None,
+    kernel: Annotated[str | None, _option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
+    diversity: Annotated[float, _option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
+    estimator: Annotated[str, _option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
+    steps: Annotated[int, _option(TRAINING, "Updates.", min=1)] = 30,
+    batch: Annotated[int, _option(TRAINING, "B, sequences in an update.", min=1)] = 4,
+    micro_batch: Annotated[
+        int | None, _option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)", min=1)
+    ] = None,
+    lr: Annotated[float, _option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 3e-4,
+    ce: Annotated[float, _option(TRAINING, "γ, weight of the cross-entropy per token.", min=0)] = 0.1,
+    kl: Annotated[float, _option(TRAINING, "β, weight of the divergence from the start.", min=0)] = 0.0,
+    seed: Annotated[int, _option(TRAINING, "Keys every random number of the run.", min=0)] = 0,
+    held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.", min=2)] = 48,
+    out: Annotated[Path | None, _option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
+    resume: Annotated[bool, _option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
+    save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 20,
+) -> None:
+    """Fine-tune a policy by feature matching and measure what that did to held-out text.
+
+    Samples short rollouts from every nested prefix of the text, embeds them with a frozen feature map, and follows the
+    policy gradient of the distance between the feature moments of rollouts and text, mixed with cross-entropy (--ce)
+    and a divergence from the start (--kl).
+    """
+    from ebft.assemble import run_from_options
+
+    options = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
+    explicit = {
+        name
+        for name in options
+        if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+    }
+    run_from_options(options, explicit=explicit, out=out, resume=resume, console=Console())
+
+
+@app.command()
+def components() -> None:
+    """List every sampler, feature map, objective and estimator, with its options and their defaults."""
+    from ebft.components import GROUPS
+
+    console = Console()
+    for group, known in GROUPS.items():
+        console.print(f"[bold]--{group}[/bold]")
+        for name, entry in known.items():
+            console.print(f"  [cyan]{name:<17}[/cyan] {escape(entry.summary)}", highlight=False, soft_wrap=True)
+            flags = "  ".join(f"--{option.replace('_', '-')} {default}" for option, default in entry.options.items())
+            if flags:
+                console.print(f"  {'':<17} [dim]{escape(flags)}[/dim]", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the app; bad input is one line on stderr and exit code 2, an interrupted run exit code 130."""
+    from ebft.loops.interrupt import Interrupted
+
+    errors = Console(stderr=True)
+    try:
+        app()
+    except UsageError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        errors.print(escape(str(error)) or "interrupted", soft_wrap=True, highlight=False)
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""Getting a causal language model ready: its source, device, precision and adapters."""
+
+from __future__ import annotations
+
+import torch
+
+from ebft.assets import resolve
+from ebft.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is a GPU when there is one.
+
+    Raises:
+        UsageError: CUDA asked for and absent, or a name that torch does not know.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device!r}: torch finds no CUDA device here. Use --device cpu or auto")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r}: there are only {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_precision(dtype: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """(dtype of the trained weights, autocast dtype or None).
+
+    `auto`: float32 weights, computed in bfloat16 where the hardware has units for it.
+    """
+    if dtype == "auto":
+        return torch.float32, torch.bfloat16 if _has_bfloat16_units(device) else None
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype], None
+
+
+def _has_bfloat16_units(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device):
+    """Model and tokenizer of an embedded name, a folder or a hub id.
+
+    Raises:
+        UsageError: `name` is neither a model folder nor a hub id that can be had, or holds no causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"policy {name!r} could not be loaded as a causal language model: {reason}."
+            " Expected an embedded name (smollm2-135m), a folder with config.json, safetensors weights and a tokenizer,"
+            " or a hub id"
+        ) from error
+    return model.to(device), tokenizer
+
+
+def add_adapters(model, *, rank: int, seed: int):
+    """Wrap a model with LoRA adapters of `rank` on all linear layers but the head; only they are trained.
+
+    The frozen weights are kept in the dtype they have; the adapters are float32.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise UsageError(f"lora rank {rank}: expected a whole number >= 1, or 0 for full fine-tuning")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=True)

@@ -1,0 +1,1 @@
+"""Training, evaluation and what they leave behind: checkpoints, curves, samples and reports."""

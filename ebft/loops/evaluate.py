@@ -1,0 +1,114 @@
+"""Held-out measurement: the same sequences, anchors and random numbers before and after, so differences are paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from tensordict import TensorDictBase
+
+from ebft import schema
+from ebft.loops.train import Clock, Stage, at_step, score
+from ebft.objectives.cross_entropy import prediction_mask
+from ebft.objectives.kl import kl_estimate
+from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
+from ebft.policy import CausalPolicy
+
+METRICS = ("feature_matching_loss", "cross_entropy", "kl", "distinct_rollouts", "reward")
+
+# Evaluation never draws the random numbers of a training step: those are steps 0, 1, 2, ...
+_EVALUATION_STEP = -1
+
+
+@torch.no_grad()
+def evaluate(
+    policy: CausalPolicy,
+    pipeline: Mapping[str, Stage],
+    data: TensorDictBase,
+    *,
+    batch_size: int,
+    seed: int,
+    reference: CausalPolicy | None = None,
+    scoring: Mapping[str, float] | None = None,
+):
+    """Measure a policy, batch by batch.
+
+    Args:
+        policy, pipeline, scoring: as in `ebft.loops.train.train`.
+        data: held-out rows, batch size [M].
+        reference: the start, to measure the divergence from; None says that the policy is the start.
+
+    Yields:
+        (sums, batch): `sums` maps each of `METRICS` to (sum [B], count [B]) over the anchors (tokens, for
+        cross-entropy and divergence) of each sequence, and `tokens`, `times` for throughput; `batch` is the TensorDict
+        with everything the pipeline wrote. The divergence is the k3 estimate, and it and the cross-entropy are
+        computed on the first rollout of each anchor, which is all they need.
+    """
+    for td in data.split(batch_size):
+        clock = Clock()
+        td = at_step(td.to(policy.device).clone(False), seed=seed, step=_EVALUATION_STEP)
+        for name, stage in pipeline.items():
+            with clock(name):
+                td = stage(td)
+        with clock("score"):
+            first = td.clone(False)
+            first[schema.ROLLOUT_TOKENS] = td[schema.ROLLOUT_TOKENS][:, :, :1]
+            first[schema.ROLLOUT_MASK] = td[schema.ROLLOUT_MASK][:, :, :1]
+            score(policy, first, reference=reference, scoring=scoring)
+        tokens = int(td[schema.MASK].sum() + td[schema.ROLLOUT_MASK].sum())
+        yield {**_sums(td, first), "tokens": tokens, "times": clock.times()}, td
+
+
+def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    valid = td[schema.ANCHOR_MASK]
+    rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
+    matching = conditional_feature_matching_loss(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES])
+    distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]) / rollouts
+    predicted = prediction_mask(td[schema.MASK], td.get(schema.ANSWER_MASK, None), td.get(schema.DOCUMENT_IDS, None))
+    ours = first[schema.POLICY_LOG_PROB]
+    theirs = first.get(schema.REFERENCE_LOG_PROB, ours)
+    return {
+        "feature_matching_loss": _per_sequence(matching, valid),
+        "cross_entropy": _per_sequence(-first[schema.POLICY_TOKEN_LOG_PROB], predicted),
+        "kl": _per_sequence(kl_estimate(ours, theirs, estimator="k3"), first[schema.ROLLOUT_MASK]),
+        "distinct_rollouts": _per_sequence(distinct, valid),
+        "reward": _per_sequence(td[schema.REWARD].mean(-1), valid),
+    }
+
+
+def _per_sequence(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and count over all axes but the first, in float64 on the CPU."""
+    total = torch.where(mask, values.double(), 0.0).flatten(1).sum(1)
+    return total.cpu(), mask.flatten(1).sum(1).double().cpu()
+
+
+def concatenate(parts: list[dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The per-sequence sums and counts of all batches, each [M]."""
+    return {
+        name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
+        for name in METRICS
+    }
+
+
+def mean(sums: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """The ratio of totals: every anchor (or token) counts the same."""
+    return (sums[0].sum() / sums[1].sum()).item()
+
+
+def paired_difference(
+    before: tuple[torch.Tensor, torch.Tensor], after: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[float, float]:
+    """Mean of after - before and its standard error, with sequences as the independent units.
+
+    Anchors of one sequence share their text, so they are summed first; the error is that of a ratio of totals over
+    sequences (Cochran, Sampling Techniques, section 6.5). NaN for fewer than two sequences.
+    """
+    change, count = after[0] - before[0], before[1]
+    difference = (change.sum() / count.sum()).item()
+    sequences = int((count > 0).sum())
+    if sequences < 2:
+        return difference, math.nan
+    residual = change - difference * count
+    spread = (residual.square().sum() * sequences / (sequences - 1)).sqrt()
+    return difference, (spread / count.sum()).item()

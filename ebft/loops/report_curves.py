@@ -1,0 +1,187 @@
+"""Training curves: read `metrics.csv`, smooth, and draw the same panels as inline SVG and as PNG."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from ebft.errors import UsageError
+
+TIME_PREFIX = "time_"
+_LIMIT = (
+    1e100  # beyond any float32 metric: larger values are treated as missing, so that axis arithmetic cannot overflow
+)
+_EXACT = {"learning_rate"}  # set, not measured: smoothing would only lag behind
+_MAX_POINTS = 1000  # drawn in a panel; a longer run is thinned evenly after smoothing
+_WIDTH, _HEIGHT = 360, 180
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 342, 8, 158
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the training steps: the finite values only, `missing` counts the others."""
+
+    name: str
+    steps: list[int]
+    raw: list[float]
+    smooth: list[float]
+    missing: int
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for people: `digits` significant digits, thousands apart, a true minus; a dash if it is not finite."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}".replace("-", "−")
+    mantissa, exponent, power = f"{value:.{digits}g}".partition("e")
+    return (f"{mantissa}e{int(power)}" if exponent else mantissa).replace("-", "−")
+
+
+def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
+    """Read `metrics.csv`: the steps in order, and a column of equal length for every other name.
+
+    An empty, cut or non-numeric cell is NaN (a run that was killed leaves a torn last row). A step that was written
+    twice, by a run that was resumed from an older checkpoint, counts once: the later row wins.
+
+    Raises:
+        UsageError: the file is missing, or its first column is not `step`.
+    """
+    if not path.is_file():
+        raise UsageError(f"no {path.name} in {str(path.parent)!r}: give the folder of a run that has started to train")
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        header, *rows = list(csv.reader(file)) or [["step"]]
+    if header[:1] != ["step"]:
+        raise UsageError(
+            f"first column of {str(path)!r} is {header[:1]}, expected 'step': is this a run's metrics.csv?"
+        )
+    by_step = {}
+    for row in rows:
+        cells = [_float(cell) for cell in row] + [math.nan] * (len(header) - len(row))
+        if math.isfinite(cells[0]):
+            by_step[int(cells[0])] = cells
+    steps = sorted(by_step)
+    return steps, {name: [by_step[s][i] for s in steps] for i, name in enumerate(header) if i > 0}
+
+
+def _float(cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.nan
+    return value if abs(value) < _LIMIT else math.nan
+
+
+def smoothing_span(count: int) -> float:
+    """Span of the smoothing, in steps, for a run of `count` steps: a fifteenth of the run, at least 4."""
+    return max(4.0, count / 15)
+
+
+def smooth(values: list[float], *, span: float) -> list[float]:
+    """Exponentially weighted mean of the values so far, with decay 1 − 2/(span + 1).
+
+    The weights are normalised to sum to one at every step, so the first values are not pulled towards zero.
+    """
+    decay = 1 - 2 / (span + 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = decay * total + value
+        weight = decay * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def build_curves(steps: list[int], columns: dict[str, list[float]]) -> list[Curve]:
+    """A curve for every column that has a finite value, in the order of the file."""
+    curves = []
+    for name, values in columns.items():
+        known = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+        if known:
+            raw = [v for _, v in known]
+            smoothed = raw if name in _EXACT else smooth(raw, span=smoothing_span(len(steps)))
+            curves.append(Curve(name, [s for s, _ in known], raw, smoothed, len(values) - len(known)))
+    return curves
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Smallest and largest value, widened where they (nearly) coincide so that an axis can be drawn."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        margin = 0.05 * abs(high) or 0.5
+        return low - margin, high + margin
+    return low, high
+
+
+def _ticks(low: float, high: float, *, integer: bool = False) -> list[tuple[float, str]]:
+    """Round positions inside [low, high] with labels that tell them apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=integer)
+    values = [float(v) for v in locator.tick_values(low, high) if low <= v <= high]
+    gap = min((b - a for a, b in pairwise(values)), default=0.0)
+    decimals = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap else 9
+    plain = decimals <= 3 and max(map(abs, values)) < 1e6
+    return [(v, f"{v:,.{decimals}f}".replace("-", "−") if plain else number(v, 6)) for v in values]
+
+
+def curve_svg(curve: Curve) -> str:
+    """One panel as an inline SVG element: raw points light, smoothed line on top; colours come from the page's CSS."""
+    x_low, x_high = curve.steps[0], curve.steps[-1]
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+    y_low, y_high = _range(curve.raw)  # a weighted mean never leaves the range of the raw values
+
+    def x(step: float) -> float:
+        return _LEFT + (step - x_low) / (x_high - x_low) * (_RIGHT - _LEFT)
+
+    def y(value: float) -> float:
+        return _BOTTOM - (value - y_low) / (y_high - y_low) * (_BOTTOM - _TOP)
+
+    parts = []
+    for value, label in _ticks(y_low, y_high):
+        parts.append(f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for value, label in _ticks(x_low, x_high, integer=True):
+        parts.append(f'<text x="{x(value):.1f}" y="{_BOTTOM + 16}" text-anchor="middle">{label}</text>')
+    thin = slice(None, None, math.ceil(len(curve.steps) / _MAX_POINTS))
+    points = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(curve.steps[thin], curve.raw[thin], strict=True)]
+    line = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(curve.steps[thin], curve.smooth[thin], strict=True)]
+    parts.append(f'<path class="raw" d="M{"h0M".join(points)}h0"/>')
+    parts.append(f'<path class="smooth" d="M{"L".join(line)}h0"/>')
+    label = escape(f"{curve.title} over the training steps", quote=True)
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def curves_png(curves: list[Curve], *, title: str) -> bytes:
+    """The panels as one PNG image, three in a row. Touches no global state of matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = max(1, math.ceil(len(curves) / 3))
+    figure = Figure(figsize=(12, 0.6 + 2.5 * rows), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure.supxlabel("step", fontsize=9)
+    if not curves:
+        figure.text(0.5, 0.5, "no finished step", ha="center", color="0.4")
+    for i, curve in enumerate(curves):
+        axes = figure.add_subplot(rows, 3, i + 1)
+        axes.plot(curve.steps, curve.raw, "o", markersize=2.5, markeredgewidth=0, alpha=0.35, color="#2a5db0")
+        axes.plot(curve.steps, curve.smooth, linewidth=1.6, color="#2a5db0")
+        axes.set_title(curve.title, fontsize=10, loc="left", parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.02)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,271 @@
+"""One whole run in its folder: measure held-out, train, measure again, leave everything where people look for it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tensordict import TensorDictBase
+
+from ebft import schema
+from ebft.errors import UsageError
+from ebft.files import clear_disk_errors, write_atomically, write_json
+from ebft.loops import checkpoint
+from ebft.loops.display import Display, result_table, stage_table, watch_line
+from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
+from ebft.loops.interrupt import Interrupted, stop_requests
+from ebft.loops.report import write_report, write_samples
+from ebft.loops.train import Stage, train
+from ebft.objectives.losses import EBFTLoss
+from ebft.policy import CausalPolicy
+
+COLUMNS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
+COLUMNS += ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
+COLUMNS += ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step", "tokens_per_second")
+
+SAMPLED_PREFIXES = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """A held-out measurement: per-sequence sums and counts of each metric, and a few samples."""
+
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    samples: list[dict[str, Any]]
+
+
+def run(
+    policy: CausalPolicy,
+    pipeline: Mapping[str, Stage],
+    loss: EBFTLoss,
+    *,
+    data: TensorDictBase,
+    held_out: TensorDictBase,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    reference: CausalPolicy,
+    out: Path,
+    config: Mapping[str, Any],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    scoring: Mapping[str, Any],
+    micro_batch: int | None = None,
+    eval_batch: int = 8,
+    save_every: int = 20,
+    max_grad_norm: float = 1.0,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run, or go on with the run whose checkpoints lie in `out`.
+
+    Args:
+        policy, pipeline, loss, optimizer, scheduler, scoring, micro_batch, max_grad_norm: as in
+            `ebft.loops.train.train`; the pipeline serves held-out measurement too.
+        data, held_out: rows of batch size [M], see `ebft.data.packing.pack`.
+        reference: the frozen start of the policy.
+        out: the run's folder, see `open_folder`.
+        config: what `config.json` holds.
+        save_every: steps between checkpoints.
+
+    Returns:
+        What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, and
+        the time of each stage.
+
+    Raises:
+        NonFiniteLoss: training stopped; the last good checkpoint is kept.
+        Interrupted: Ctrl-C; the last finished step is saved, `--resume` goes on.
+    """
+    display = Display(console or Console())
+    start = checkpoint.restore(
+        out / "checkpoints", policy=policy, optimizer=optimizer, scheduler=scheduler, warn=display.console.print
+    )
+    measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
+    with stop_requests() as stop:
+        before = _load_held(out)
+        if before is None:
+            if start:
+                raise UsageError(
+                    f"{out} has checkpoints but no held-out measurement of the start: it cannot be resumed"
+                )
+            before = _measure(policy, pipeline, display, "held-out before", stop, **measure)
+            _save_held(out, before)
+
+        rows = _read_metrics(out, start)
+        training = train(
+            policy,
+            pipeline,
+            loss,
+            data,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            start=start,
+            micro_batch=micro_batch,
+            reference=reference,
+            max_grad_norm=max_grad_norm,
+            scoring=scoring,
+        )
+        for record in display.track(training, label="training", total=steps, done=start, describe=watch_line):
+            rows.append(record)
+            _write_metrics(out, rows)
+            step = int(record["step"])
+            if step % save_every == 0 or step == steps or stop():
+                checkpoint.save(out / "checkpoints", step, policy=policy, optimizer=optimizer, scheduler=scheduler)
+            if stop() and step < steps:
+                write_report(out)
+                raise Interrupted(f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on")
+
+        after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)
+    result = _result(before, after, rows, held_out)
+    write_json(out / "evaluation.json", result)
+    samples = [
+        {**s, "after": later["before"]} for s, later in zip(before.samples, after.samples, strict=True)
+    ]  # "before" of the later measurement is what came after
+    write_json(out / "samples.json", samples)
+    write_samples(samples, out / "samples.md")
+    policy.save_pretrained(out / "policy")
+    write_report(out)
+    _print_result(display.console, result, out)
+    return result
+
+
+def open_folder(out: Path, *, resume: bool) -> None:
+    """Make the run's folder, or check that it holds a run to resume.
+
+    Raises:
+        UsageError: it exists and is not empty (without `resume`), or holds no run (with it).
+    """
+    if resume:
+        if not (out / "config.json").is_file():
+            raise UsageError(f"--resume: {out} holds no run (no config.json). Give the run's folder with --out")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"--out {out} exists and is not empty. Choose another folder, or --resume to go on with that run"
+        )
+    with clear_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, scoring, reference=None) -> Held:
+    parts, samples = [], []
+    batches = evaluate(policy, pipeline, data, batch_size=batch_size, seed=seed, reference=reference, scoring=scoring)
+    total = math.ceil(len(data) / batch_size)
+    for sums, td in display.track(batches, label=label, total=total):
+        parts.append(sums)
+        if not samples:
+            samples = _samples(td, policy.tokenizer)
+        if stop():
+            raise Interrupted(f"stopped during the measurement {label!r}; --resume goes on")
+    return Held(concatenate(parts), samples)
+
+
+def _samples(td: TensorDictBase, tokenizer) -> list[dict[str, Any]]:
+    """A few prefixes with their target and rollouts as text, one anchor from each of the first sequences."""
+    samples = []
+    for row in td[:SAMPLED_PREFIXES]:
+        valid = row[schema.ANCHOR_MASK].nonzero()[:, 0].tolist()
+        if not valid:
+            continue
+        k = valid[len(valid) // 2]
+
+        def text(tokens, mask):
+            return tokenizer.decode(tokens[mask].tolist())
+
+        context = torch.arange(len(row[schema.TOKENS]), device=row.device) < row[schema.ANCHORS][k]
+        if schema.DOCUMENT_IDS in set(row.keys()):
+            ids = row[schema.DOCUMENT_IDS]
+            context &= ids == ids[row[schema.ANCHORS][k] - 1]
+        rollouts = zip(row[schema.ROLLOUT_TOKENS][k], row[schema.ROLLOUT_MASK][k], row[schema.REWARD][k], strict=True)
+        samples.append(
+            {
+                "prefix": text(row[schema.TOKENS], context),
+                "target": text(row[schema.TARGET_TOKENS][k], row[schema.TARGET_MASK][k]),
+                "before": [{"text": text(t, m), "reward": round(float(r), 4)} for t, m, r in rollouts],
+            }
+        )
+    return samples
+
+
+def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBase) -> dict[str, Any]:
+    metrics = {}
+    for name in METRICS:
+        difference, error = paired_difference(before.sums[name], after.sums[name])
+        metrics[name] = {
+            "before": mean(before.sums[name]),
+            "after": mean(after.sums[name]),
+            "difference": difference,
+            "standard_error": error,
+        }
+    tokens = sum(float(row["tokens_per_second"]) * float(row["time_step"]) for row in rows)
+    stages = {}
+    for column in COLUMNS:
+        if column.startswith("time_"):
+            seconds = sum(float(row.get(column) or 0) for row in rows)
+            name = column.removeprefix("time_")
+            stages[name] = {
+                "seconds": seconds,
+                "tokens": round(tokens),
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+            }
+    return {
+        "metrics": metrics,
+        "stages": stages,
+        "n_sequences": len(held_out),
+        "n_anchors": int(before.sums["feature_matching_loss"][1].sum()),
+    }
+
+
+def _print_result(console: Console, result: Mapping[str, Any], out: Path) -> None:
+    console.print(result_table(result["metrics"]))
+    console.print(f"{result['n_sequences']} held-out sequences, {result['n_anchors']} anchors", highlight=False)
+    console.print(stage_table(result["stages"]))
+    what = {
+        "report.html": "curves, samples, configuration (curves also in report.png)",
+        "samples.md": "held-out rollouts before and after",
+        "metrics.csv": "one row a step",
+        "config.json": "everything needed to repeat the run",
+        "policy/": "the trained model, for AutoModelForCausalLM.from_pretrained",
+    }
+    for name, meaning in what.items():
+        console.print(f"{out / name}{'/' if name.endswith('/') else ''}  {meaning}", soft_wrap=True, highlight=False)
+
+
+def _save_held(out: Path, held: Held) -> None:
+    sums = {name: [x.tolist() for x in pair] for name, pair in held.sums.items()}
+    write_json(out / "before.json", {"sums": sums, "samples": held.samples})
+
+
+def _load_held(out: Path) -> Held | None:
+    try:
+        stored = json.loads((out / "before.json").read_text())
+    except FileNotFoundError:
+        return None
+    sums = {name: tuple(torch.tensor(x, dtype=torch.float64) for x in pair) for name, pair in stored["sums"].items()}
+    return Held(sums, stored["samples"])
+
+
+def _read_metrics(out: Path, start: int) -> list[dict]:
+    """The rows up to step `start`; later ones were not saved in a checkpoint and will be computed again."""
+    if not start:
+        return []
+    with open(out / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+
+def _write_metrics(out: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "metrics.csv", text.getvalue().encode())

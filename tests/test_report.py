@@ -1,0 +1,353 @@
+"""The report of a run: what it says, that it is self-contained, and that it survives folders of every state."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from matplotlib.image import imread
+
+from ebft.errors import UsageError
+from ebft.loops.report import write_report, write_samples
+from ebft.loops.report_curves import _BOTTOM, _LEFT, _RIGHT, _TOP, Curve, build_curves, curve_svg, read_metrics, smooth
+from ebft.loops.report_curves import number as number_text
+from ebft.loops.report_samples import prefix_tail, samples_markdown, visible
+from ebft.loops.report_verdict import aligned, better_direction, verdict
+
+EVIL = "</pre><script>alert('x')</script><img src=x onerror=\"y\">&amp;"
+PLOTTED = r"loss $\frac$ " + EVIL  # neither HTML nor mathematical notation
+
+
+class Outline(HTMLParser):
+    """Checks that the tags nest, and keeps the tags, the attributes and the text of every `pre`."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.pre = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "path", "img"):
+            self.open.append(tag)
+        if tag == "pre":
+            self.pre.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "pre" in self.open:
+            self.pre[-1] += data
+
+
+def sample(text, *, prefix="The prefix", reward=0.25):
+    return {"prefix": prefix, "target": text, "before": [{"text": text, "reward": reward}], "after": []}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run whose every text is hostile."""
+    folder = tmp_path / "a <b>run"
+    folder.mkdir()
+    rows = [
+        ["step", "reward", "kl", PLOTTED, "learning_rate", "time_sample", "time_embed", "time_step",
+         "tokens_per_second", "$a" + EVIL],
+        *([s, 0.1 * s, "", 1 / s, 1e-5 * s, 2 + s, s, 4 + 2 * s, 1000 * s, "$a" + EVIL] for s in range(1, 41)),
+    ]  # fmt: skip
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    metrics = {
+        "cross_entropy": {"before": 2.5, "after": 2.25, "difference": -0.25, "standard_error": 0.031},
+        "reward" + EVIL: {"before": 1.0, "after": None, "difference": math.nan, "standard_error": math.nan},
+    }
+    stages = {"sample": {"seconds": 8.0, "tokens": 4096, "tokens_per_second": 512.0}, EVIL: {"seconds": 2.0}}
+    evaluation = {"metrics": metrics, "stages": stages, "n_sequences": 3, "n_anchors": 17, "note": EVIL}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "config.json").write_text(json.dumps({"model": {"name": EVIL, "lora": None}, EVIL: [1, "\ud800"]}))
+    (folder / "samples.json").write_text(json.dumps([sample(EVIL, prefix=EVIL), {"prefix": "p", "target": "t"}]))
+    return folder
+
+
+def test_page_is_one_self_contained_document(run):
+    path = write_report(run)
+    page = path.read_text(encoding="utf-8")
+    assert path == run / "report.html"
+    outline = Outline(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    assert not {"src", "href", "onerror", "onload"} & {name for name, _ in outline.attributes}
+    assert ("aria-label", f"{PLOTTED} over the training steps") in outline.attributes
+    assert "<script" not in page
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert "default-src 'none'" in page
+    assert "$" not in page.replace("$a", "").replace(
+        r"$\frac$", ""
+    )  # every placeholder is filled, and user text is not a placeholder
+
+
+def test_page_says_what_the_files_hold(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<h1>a &lt;b&gt;run</h1>" in page
+    assert "40 training steps · 30 min · 3 held-out sequences · 17 anchors" in page  # Σ(4 + 2s) = 1800 s
+    row = page.index("<td>cross entropy</td>")
+    for text in ("fell: better", "lower is better", "2.500", "2.250", "−0.250 ± 0.031"):
+        row = page.index(text, row)  # in this order
+    assert "no verdict" in page
+    curves, timing = page.split("Timing of every step")
+    assert curves.count("<svg") == 3  # reward, the hostile loss, learning_rate
+    assert timing.count("<svg") == 4  # sample, embed, step, tokens per second
+    assert "Without any number: kl, $a" in page
+
+
+def test_hostile_text_is_shown_as_it_is(run):
+    outline = Outline(write_report(run).read_text(encoding="utf-8"))
+    assert outline.pre == [EVIL, EVIL, EVIL, "p", "t"]
+
+
+def test_times_of_a_step_add_up_to_the_whole(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    # mean over s = 1..40 of 2+s, s, 4+2s is 22.5, 20.5, 45; the parts leave 2
+    for label, seconds, share, width in (
+        ("sample", "22.5", 50, 100),
+        ("embed", "20.5", 46, 91.1),
+        ("other", "2", 4, 8.9),
+    ):
+        pattern = f'<td>{label}</td><td><div class="bar" style="width:{width:.1f}%"></div></td>'
+        pattern += f'<td class="number">{seconds}</td><td class="number">{share}%</td>'
+        assert pattern in page
+    assert '<td>sample</td><td><div class="bar" style="width:100.0%"></div></td><td class="number">8</td>' in page
+
+
+def test_png_is_an_image_with_ink(run):
+    write_report(run)
+    pixels = imread(run / "report.png")
+    assert pixels.shape[1] == 1440
+    assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+
+
+def test_matplotlib_is_lazy_and_pyplot_never_loaded(run):
+    code = (
+        "import sys; from ebft.loops.report import write_report; assert 'matplotlib' not in sys.modules;"
+        "write_report(sys.argv[1]); assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "panels"),
+    [
+        ("", 0, 0),
+        ("step,reward,time_step\n", 0, 0),
+        ("step,reward,kl\n1,0.5,\n", 1, 1),
+        ("step,reward,kl\n1,nan,inf\n", 1, 0),
+        ("step,reward\n1,3\n2,3\n3,3\n", 3, 1),
+        ("step,reward\n1,1e308\n2,-1e308\n3,1e38\n4,-1e38\n", 4, 1),
+        ("step,reward,loss\n1,2,3\n2,2.", 2, 2),
+        ("step,a\n1,0\n2,1e-300\n", 2, 1),
+    ],
+    ids=["empty", "header", "one-row", "no-number", "constant", "huge", "torn", "tiny"],
+)
+def test_partial_folders(tmp_path, text, steps, panels):
+    (tmp_path / "metrics.csv").write_text(text)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    Outline(page)
+    assert f'<p class="facts">{steps} training step{"" if steps == 1 else "s"}</p>' in page
+    assert page.count("<svg") == panels
+    assert "Not evaluated" in page
+    assert not re.search(r"\bnan\b|\binf\b", page)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "report.html", "report.png"]
+
+
+def test_read_metrics_keeps_the_later_of_two_rows_and_marks_gaps(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,a,b\n1,10,1\n2,20,\n3,30,x\n2,21,2\n3,3")
+    steps, columns = read_metrics(path)
+    assert steps == [1, 2, 3]
+    assert columns["a"] == [10, 21, 3]
+    assert columns["b"][:2] == [1, 2]
+    assert math.isnan(columns["b"][2])
+    curve = build_curves(steps, columns)[1]
+    assert (curve.name, curve.steps, curve.raw, curve.missing) == ("b", [1, 2], [1, 2], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.csv", None, "no metrics.csv in"),
+        ("metrics.csv", "reward,step\n1,2\n", "'reward'"),
+        ("evaluation.json", "{", "not JSON"),
+        ("evaluation.json", "[]", "holds a list"),
+        ("evaluation.json", '{"metrics": {"a": 1}}', "'metrics' is {'a': 1}"),
+        ("evaluation.json", '{"stages": [1]}', r"'stages' is \[1\]"),
+        ("samples.json", "{}", "holds a dict"),
+        ("samples.json", "[3]", "sample 0 is a int"),
+        ("samples.json", '[{"prefix": "p"}]', "sample 0: 'target' is None"),
+        ("samples.json", '[{"prefix": "p", "target": "t", "after": [{"text": 1}]}]', "sample 0: 'after' is"),
+        ("samples.json", '[{"prefix": "p", "target": "t", "after": [{"text": "", "reward": "x"}]}]', "'reward': 'x'"),
+    ],
+)
+def test_bad_files_are_named_and_nothing_is_written(run, name, content, words):
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    with pytest.raises(UsageError, match=words):
+        write_report(run)
+    assert not list(run.glob("*report*"))
+
+
+def test_failed_write_keeps_the_old_report(run, monkeypatch):
+    for name in ("report.html", "report.png"):
+        (run / name).write_text("old")
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(run)
+    assert (run / "report.html").read_text() == (run / "report.png").read_text() == "old"
+    assert not list(run.glob(".*"))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(1, 50))
+def test_smoothing_is_the_normalised_weighted_sum(values, span):
+    decay = 1 - 2 / (span + 1)
+    for t, got in enumerate(smooth(values, span=span)):
+        weights = [decay ** (t - i) for i in range(t + 1)]
+        expected = math.fsum(w * v for w, v in zip(weights, values, strict=False)) / math.fsum(weights)
+        assert math.isclose(got, expected, rel_tol=1e-12, abs_tol=1e-12)
+
+
+def test_svg_points_are_the_data():
+    steps, raw = [1, 3, 4, 9], [0.5, -1.5, 2.5, 1.0]
+    svg = curve_svg(Curve("x", steps, raw, smooth(raw, span=4), 0))
+
+    def data(css):
+        path = re.search(f'class="{css}" d="M([^"]*)h0"', svg)[1]
+        points = [tuple(map(float, p.split())) for p in re.split("h0M|L", path)]
+        xs = [1 + (x - _LEFT) / (_RIGHT - _LEFT) * 8 for x, _ in points]
+        return xs, [2.5 - (y - _TOP) / (_BOTTOM - _TOP) * 4 for _, y in points]
+
+    for css, values in (("raw", raw), ("smooth", smooth(raw, span=4))):
+        xs, ys = data(css)
+        assert xs == pytest.approx(steps, abs=0.06 * 8 / (_RIGHT - _LEFT))  # coordinates have one decimal
+        assert ys == pytest.approx(values, abs=0.06 * 4 / (_BOTTOM - _TOP))
+    ticks = re.findall(rf'M{_LEFT} ([0-9.]+)H{_RIGHT}"/><text[^>]*>([^<]*)<', svg)
+    assert len(ticks) >= 3
+    for y, label in ticks:
+        value = float(label.replace("−", "-"))
+        assert value == pytest.approx(2.5 - (float(y) - _TOP) / (_BOTTOM - _TOP) * 4, abs=0.06 * 4 / (_BOTTOM - _TOP))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e38, 1e38, allow_nan=False), min_size=1, max_size=8), st.integers(1, 10**7))
+def test_svg_of_any_values_is_drawn_inside_the_panel_with_distinct_labels(raw, start):
+    steps = list(range(start, start + len(raw)))
+    svg = curve_svg(Curve("x", steps, raw, smooth(raw, span=4), 0))
+    for points in re.findall('class="(?:raw|smooth)" d="([^"]*)"', svg):
+        for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", points):
+            assert _LEFT <= float(x) <= _RIGHT
+            assert _TOP <= float(y) <= _BOTTOM
+    labels = re.findall('text-anchor="end">([^<]*)<', svg)
+    assert len(set(labels)) == len(labels)
+
+
+def test_long_runs_are_thinned():
+    steps = list(range(1, 5001))
+    svg = curve_svg(Curve("x", steps, [float(s) for s in steps], [float(s) for s in steps], 0))
+    assert svg.count("h0") == 1000 + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "error", "expected"),
+    [
+        ("cross_entropy", -0.3, 0.1, ("fell: better", "good")),
+        ("cross_entropy", 0.3, 0.1, ("rose: worse", "bad")),
+        ("feature_matching_reward", 0.3, 0.1, ("rose: better", "good")),
+        ("bleu", -0.3, 0.1, ("fell: worse", "bad")),
+        ("reward", 0.5, 0.25, ("no difference shown", "")),  # exactly two standard errors
+        ("reward", -0.5, 0.25, ("no difference shown", "")),
+        ("reward", 0.51, 0.25, ("rose: better", "good")),
+        ("response_length", -9.0, 1.0, ("fell", "")),
+        ("reward", 0.0, 0.0, ("no difference shown", "")),
+        ("reward", 1.0, 0.0, ("rose: better", "good")),
+        ("reward", 1.0, math.nan, ("no verdict: difference or standard error not known", "")),
+    ],
+)
+def test_verdict(name, difference, error, expected):
+    assert verdict(name, difference, error) == expected
+
+
+def test_direction_goes_by_whole_words():
+    assert better_direction("Feature_Matching_Loss") == "lower"
+    assert better_direction("pass_at_1") == "higher"
+    assert better_direction("glossary") is None  # contains "loss"
+    assert better_direction("reward_error") is None  # both directions
+
+
+def test_numbers_for_people():
+    assert [number_text(v) for v in (None, math.nan, -0.12345, 12345.6, 1.5e-7, -1e9, 0.0)] == [
+        "–", "–", "−0.1235", "12,346", "1.5e−7", "−1e9", "0",
+    ]  # fmt: skip
+    assert aligned(2.34567, 0.0123) == "2.346"
+    assert aligned(-1234.5, 120.0) == "−1,234"  # half to even
+    assert aligned(2.34567, 0.0) == aligned(2.34567, math.nan) == "2.346"
+
+
+def test_visible_whitespace():
+    assert visible("  a b  c \tx\r\n\n\u00a0y\u200b\x00\u2028") == (
+        "··a b··c ⇥x⟨U+000D⟩↵\n↵\n⟨U+00A0⟩y⟨U+200B⟩⟨U+0000⟩⟨U+2028⟩"
+    )
+    assert visible("end \n") == "end·↵"
+
+
+@given(st.text(alphabet=st.sampled_from("`~ \t\n\r\x0c\u2028\u00a0a<&>#-\ud800"), max_size=60), st.text(max_size=30))
+@example("a fence on the last line\n```", "\n`````")
+def test_markdown_blocks_hold_the_texts_whatever_they_are(text, other):
+    document = samples_markdown([sample(text, prefix=other), sample(other, prefix=text)])
+    document.encode()  # lone surrogates are shown, not written
+    blocks = [token.content for token in MarkdownIt().parse(document) if token.type == "fence"]
+    tail = [visible(prefix_tail(t)[0]) for t in (other, text)]
+    assert blocks == [
+        t + "\n" for t in (tail[0], visible(text), visible(text), tail[1], visible(other), visible(other))
+    ]
+    headings = sum(token.type == "heading_open" for token in MarkdownIt().parse(document))
+    assert headings == 1 + 2 + 2
+
+
+def test_samples_file(tmp_path):
+    prefix = "".join(f"line {i}\n" for i in range(30)) + "the end"
+    after = [{"text": "good", "reward": 0.75}, {"text": "better", "reward": 1.25}]
+    path = write_samples([{**sample("text", prefix=prefix), "after": after}], tmp_path / "samples.md")
+    document = path.read_text(encoding="utf-8")
+    assert "line 20" not in document
+    assert "line 21↵" in document
+    left_out = len("".join(f"line {i}\n" for i in range(21)))
+    assert f"after {left_out} characters that are left out" in document
+    assert "### Before training: mean reward 0.25\n" in document
+    assert "### After training: mean reward 1\n" in document
+    assert "Rollout 2, reward 1.25:\n\n```text\nbetter\n```\n" in document
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.md"]
+
+
+def test_prefix_without_line_breaks_is_cut_too():
+    tail, omitted = prefix_tail("x" * 10_000 + "end")
+    assert tail.endswith("end")
+    assert len(tail) + omitted == 10_003
+    assert omitted > 0
+
+
+def test_write_samples_names_what_is_wrong(tmp_path):
+    with pytest.raises(UsageError, match="sample 1: 'prefix' is 5"):
+        write_samples([sample("a"), {"prefix": 5, "target": ""}], tmp_path / "samples.md")
+    assert not list(tmp_path.iterdir())
