@@ -236,7 +236,8 @@ class Decode:
         hidden_trunk, hidden_own = self._masks[rule.window]
         kv_heads = key.shape[1]
         grouped = query.unflatten(1, (kv_heads, -1))  # [B,J,R,M,E]
-        to_trunk = shape_scores(grouped @ trunk_key[:, :, None].mT, rule)  # [B,J,R,M,T]
+        # the R query heads of a key head are folded into its rows: a broadcast product would copy the keys R times
+        to_trunk = shape_scores(grouped.flatten(2, 3) @ trunk_key.mT, rule).view(*grouped.shape[:4], -1)  # [B,J,R,M,T]
         to_own = torch.einsum("bjrme,bjmge->bjrmg", grouped, own_key)
         scores = torch.cat(
             [
@@ -247,7 +248,7 @@ class Decode:
         )
         weights = softmax(scores, rule, dtype=query.dtype)
         length = self.layout.length
-        out = weights[..., :length] @ trunk_value[:, :, None]
+        out = (weights[..., :length].flatten(2, 3) @ trunk_value).view_as(grouped)
         out = out + torch.einsum("bjrmg,bjmge->bjrme", weights[..., length:], own_value)
         return out.flatten(1, 2)
 

@@ -82,7 +82,7 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     if size % _BLOCK:
         probabilities = torch.nn.functional.pad(probabilities, (0, -size % _BLOCK))
     blocks = probabilities.unflatten(-1, (-1, _BLOCK))
-    block, rest = _locate(blocks.sum(-1, dtype=torch.float64), uniform, fraction=True)
+    block, rest = _locate(blocks.sum(-1).double(), uniform, fraction=True)
     inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK)).double()  # [..., Q, _BLOCK]
     token, _ = _locate(inside, rest[..., None], fraction=False)
     return block * _BLOCK + token[..., 0]

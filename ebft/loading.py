@@ -69,10 +69,11 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device):
     return model.to(device), tokenizer
 
 
-def add_adapters(model, *, rank: int, seed: int):
+def add_adapters(model, *, rank: int, seed: int, autocast: bool = False):
     """Wrap a model with LoRA adapters of `rank` on all linear layers but the head; only they are trained.
 
-    The frozen weights are kept in the dtype they have; the adapters are float32.
+    The frozen weights are kept in the dtype they have; the adapters are float32. `autocast`: forward passes will run
+    under autocast.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -81,4 +82,9 @@ def add_adapters(model, *, rank: int, seed: int):
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for module in adapted.modules():
+        # autocast chooses the compute dtype; peft would cast every input to float32 only for autocast to cast it back
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = not autocast
+    return adapted

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ebft import attention
+from ebft.architectures import check_against_plain_forward, refuse_unservable
 from ebft.draw import check_sampling, inverse_cdf, keyed_uniform, sampling_log_probs, until_eos
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
+from ebft.head import chosen_log_probs
 from ebft.layout import NestedPrefixLayout
 from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
 
-# Layer types whose keys and values can be shared by all rollouts of a prefix.
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Options of configurations by which some families change their logits, see `CausalPolicy.logits`.
+_LOGIT_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 class CausalPolicy:
@@ -55,11 +56,11 @@ class CausalPolicy:
         self.autocast, self.kernel, self.head_rows = autocast, kernel, head_rows
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._adapters_off = False
-        _refuse_unservable(self.causal_lm)
+        refuse_unservable(self.causal_lm)
         model.eval()
         self._plain_attention = self.causal_lm.config._attn_implementation
         self.causal_lm.set_attn_implementation(attention.NAME)
-        self._check_against_plain_forward()
+        check_against_plain_forward(self)
 
     @classmethod
     def from_pretrained(
@@ -83,7 +84,7 @@ class CausalPolicy:
         frozen = autocast if lora and autocast else weights
         model, tokenizer = load_causal_lm(name, weights=frozen, device=chosen)
         if lora:
-            model = add_adapters(model, rank=lora, seed=seed)
+            model = add_adapters(model, rank=lora, seed=seed, autocast=autocast is not None)
         return cls(model, tokenizer, autocast=autocast, **options)
 
     # ---- what it is made of
@@ -118,13 +119,13 @@ class CausalPolicy:
         """The model with its own attention, for plain forward passes and `generate`."""
         self.causal_lm.set_attn_implementation(self._plain_attention)
         try:
-            with self._computing():
+            with self.computing():
                 yield self.model
         finally:
             self.causal_lm.set_attn_implementation(attention.NAME)
 
     @contextmanager
-    def _computing(self):
+    def computing(self):
         """Autocast and, for a reference that shares its weights with a LoRA policy, the adapters off."""
         adapters = self.model.disable_adapter() if self._adapters_off else nullcontext()
         with adapters, torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -132,14 +133,14 @@ class CausalPolicy:
 
     # ---- forward passes over a comb
 
-    def _backbone(self, tokens: torch.Tensor, positions: torch.Tensor, comb) -> torch.Tensor:
+    def backbone(self, tokens: torch.Tensor, positions: torch.Tensor, comb) -> torch.Tensor:
         """[B,S] tokens -> last hidden states [B,S,H] of the model without its head."""
         out = self.causal_lm.base_model(
             input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, comb=comb
         )
         return out[0]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own head, with the scalings that some families apply to logits."""
         config = self.causal_lm.config.get_text_config()
         logits = self.causal_lm.get_output_embeddings()(hidden)
@@ -204,9 +205,9 @@ class CausalPolicy:
             anchors, anchor_mask, length=tokens.shape[1], rollouts=rollouts, horizon=horizon, document_ids=document_ids
         )
         positions = layout.positions()
-        with self._computing():
+        with self.computing():
             prefill = attention.Prefill(layout)
-            hidden = self._backbone(tokens, positions[:, : layout.length], prefill)
+            hidden = self.backbone(tokens, positions[:, : layout.length], prefill)
             decode = attention.Decode(layout, prefill.kept)
             hidden = hidden.gather(1, (layout.anchors - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
             first_position = layout.unpack(positions)[1][..., 0].flatten(1)
@@ -219,7 +220,7 @@ class CausalPolicy:
                 drawn.append(token.view(batch, count, rollouts))
                 log_probs.append(log_prob.view(batch, count, rollouts))
                 if step < horizon - 1:
-                    hidden = self._backbone(drawn[-1].flatten(1), first_position + step, decode)
+                    hidden = self.backbone(drawn[-1].flatten(1), first_position + step, decode)
                     decode.advance()
         rollout_tokens, log_prob = torch.stack(drawn, -1), torch.stack(log_probs, -1)
         rollout_mask = until_eos(rollout_tokens, eos) & anchor_mask[:, :, None, None]
@@ -229,7 +230,7 @@ class CausalPolicy:
         """Hidden rows [R,H] and Q uniform numbers for each [R,Q] -> tokens and their log-probs [R,Q]."""
         tokens, log_probs = [], []
         for rows, numbers in zip(hidden.split(self.head_rows), uniform.split(self.head_rows), strict=True):
-            row_log_probs = sampling_log_probs(self._logits(rows), **settings)
+            row_log_probs = sampling_log_probs(self.logits(rows), **settings)
             tokens.append(inverse_cdf(row_log_probs, numbers))
             log_probs.append(row_log_probs.gather(-1, tokens[-1]))
         return torch.cat(tokens), torch.cat(log_probs)
@@ -276,10 +277,10 @@ class CausalPolicy:
             horizon=horizon - 1,
             document_ids=document_ids,
         )
-        with self._computing():
+        with self.computing():
             row = layout.pack(tokens, rollout_tokens[..., :-1])
             comb = attention.Score(layout, kernel=self.kernel)
-            trunk, teeth = layout.unpack(self._backbone(row, layout.positions(), comb))
+            trunk, teeth = layout.unpack(self.backbone(row, layout.positions(), comb))
             at_anchors = trunk.gather(1, (layout.anchors - 1)[..., None].expand(-1, -1, trunk.shape[-1]))
             first = self._select(at_anchors, rollout_tokens[..., 0], settings)  # [B,K,N]
             later = self._select(teeth, rollout_tokens[..., 1:, None], settings)[..., 0]  # [B,K,N,G-1]
@@ -294,15 +295,16 @@ class CausalPolicy:
         """Hidden states [...,H] and Q tokens for each [...,Q] -> their log-probs [...,Q], the head in chunks."""
         if not hidden.numel():
             return hidden.new_zeros(tokens.shape, dtype=torch.float32)
-
-        def chunk(rows, wanted):
-            return sampling_log_probs(self._logits(rows), **settings).gather(-1, wanted)
-
-        chunks = zip(
-            hidden.flatten(0, -2).split(self.head_rows), tokens.flatten(0, -2).split(self.head_rows), strict=True
+        return chosen_log_probs(
+            self.logits, hidden, tokens, rows=self.head_rows, settings=settings, weight=self._frozen_head()
         )
-        parts = [checkpoint(chunk, rows, wanted, use_reentrant=False) for rows, wanted in chunks]
-        return torch.cat(parts).view(tokens.shape)
+
+    def _frozen_head(self) -> torch.Tensor | None:
+        """The head's weight, if the head is a frozen matrix and nothing else."""
+        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
+        scaled = any(getattr(config, name, None) is not None for name in _LOGIT_SCALINGS)
+        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not scaled
+        return head.weight if plain else None
 
     # ---- hidden states
 
@@ -342,9 +344,9 @@ class CausalPolicy:
         seen: dict[int, torch.Tensor] = {}
         handles = [self._tap(layer, seen, last=layer == max(layers)) for layer in set(layers)]
         try:
-            with self._computing():
+            with self.computing():
                 comb = attention.Score(layout, kernel=self.kernel)
-                self._backbone(layout.pack(tokens, rollout_tokens), layout.positions(), comb)
+                self.backbone(layout.pack(tokens, rollout_tokens), layout.positions(), comb)
         except _DeepEnough:
             pass
         finally:
@@ -369,57 +371,6 @@ class CausalPolicy:
             lambda module, args, out: record(out[0] if isinstance(out, tuple) else out)
         )
 
-    # ---- fail closed
-
-    @torch.no_grad()
-    def _check_against_plain_forward(self) -> None:
-        """Compare a tiny comb with the model's own forward; an architecture we do not know is refused, not guessed."""
-        vocabulary = self.causal_lm.config.get_text_config().vocab_size
-        ids = (torch.arange(1, 8, device=self.device) * 7919) % vocabulary  # [7]: 5 of trunk, then a tooth of 2 at 3
-        trunk, tooth = ids[None, :5], ids[5:].view(1, 1, 1, 2)
-        anchor, yes = torch.full_like(trunk[:, :1], 3), torch.ones_like(trunk[:, :1], dtype=torch.bool)
-        layout = NestedPrefixLayout(anchor, yes, length=5, rollouts=1, horizon=2)
-        try:
-            with self._computing():
-                comb = attention.Score(layout, kernel="dense")
-                got = self._logits(self._backbone(layout.pack(trunk, tooth), layout.positions(), comb))
-        except (TypeError, RuntimeError, AttributeError) as error:
-            raise UsageError(_refusal(self.causal_lm, f"its forward pass failed: {error}")) from error
-        with self.plain():
-            context = torch.cat([trunk[:, :3], tooth.view(1, 2)], 1)
-            ones = torch.ones_like(context)
-            expected = torch.cat(
-                [self.model(input_ids=x, attention_mask=ones, use_cache=False).logits for x in (trunk, context)], 1
-            )
-        expected = torch.cat([expected[:, :5], expected[:, 8:]], 1).float()
-        error = (got.float() - expected).abs().mean() / expected.std()
-        if not error < (0.05 if got.dtype != torch.float64 and self._low_precision() else 1e-3):
-            raise UsageError(
-                _refusal(self.causal_lm, f"logits over a comb differ from its own by {error:.2g} deviations")
-            )
-
-    def _low_precision(self) -> bool:
-        return self.autocast is not None or next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-
 
 class _DeepEnough(Exception):
     """Raised inside a forward pass once the deepest layer asked for has been seen."""
-
-
-def _refusal(model: nn.Module, reason: str) -> str:
-    return (
-        f"{type(model).__name__} cannot share a prefix between rollouts: {reason}."
-        " Use the 'independent' sampler for it, or another model."
-    )
-
-
-def _refuse_unservable(model: nn.Module) -> None:
-    """Refuse, by name, architectures whose layers do not attend through transformers' attention interface."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - _ATTENTION_LAYERS
-    if kinds:
-        raise UsageError(_refusal(model, f"it has layers of type {sorted(kinds)}"))
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(_refusal(model, "it is an encoder-decoder"))
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UsageError(_refusal(model, "its attention is not pluggable in this version of transformers"))

@@ -40,6 +40,15 @@ def test_inner_products_are_those_of_plain_counts(n):
     assert torch.equal(features @ features.mT, expected)
 
 
+def test_holes_in_the_mask_are_skipped():
+    batch = make_batch()
+    batch.rollout_tokens[0, 0, 0] = torch.tensor([9, 3, 9, 4, 5])
+    batch.rollout_mask[0, 0, 0] = torch.tensor([False, True, False, True, True])
+    batch.rollout_tokens[0, 0, 2], batch.rollout_mask[0, 0, 2] = torch.tensor([3, 4, 5, 8, 8]), torch.arange(5) < 3
+    rollout, _ = batch.embed(ngram(2))
+    assert torch.equal(rollout[0, 0, 0], rollout[0, 0, 2])
+
+
 def test_unit_norm_by_default():
     norms = embed_rows(ngram(2), ROWS).norm(dim=-1)
     torch.testing.assert_close(norms, torch.tensor([float(len(row) > 0) for row in ROWS]))
