@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from tensordict import TensorDictBase
 
-from ebft import schema
+from ebft import __version__, schema
 from ebft.components import choose, resolve_options
 from ebft.data.documents import load_documents, split_documents
 from ebft.data.packing import pack
@@ -39,7 +40,7 @@ COMPONENT_OPTIONS = (
     "alignment",
     "kernel",
 )
-PACKAGES = ("ebft", "torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
+PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
 
 def run_from_options(
@@ -100,7 +101,7 @@ def run_from_options(
     config = {
         "options": options,
         "components": {group: {"name": name, **resolved[group]} for group, name in chosen.items()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"ebft": __version__, **{name: version(name) for name in PACKAGES}},
         "machine": _machine(policy.device),
         "sequences": {"training": len(train_rows), "held_out": len(held_rows)},
     }
@@ -135,6 +136,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         UsageError: one clear message, naming the option, its value and what is expected.
     """
     length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
+    for name in ("temperature", "diversity", "lr", "ce", "kl"):
+        if not math.isfinite(options[name]):
+            raise UsageError(f"--{name} {options[name]}: expected a finite number")
+    for name in ("stride", "first", "ngram"):
+        if options[name] is not None and options[name] < 1:
+            raise UsageError(f"--{name} {options[name]}: expected a whole number >= 1")
     if horizon < 1:
         raise UsageError(f"--horizon {horizon}: expected a whole number >= 1")
     if horizon >= length:
@@ -208,7 +215,10 @@ def _warm_up_then_linear(steps: int):
 
 
 def _stored_options(out: Path, options: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
-    stored = json.loads((out / "config.json").read_text())["options"]
+    try:
+        stored = json.loads((out / "config.json").read_text())["options"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume: {out / 'config.json'} does not hold the options of a run") from error
     changed = {name: options[name] for name in explicit if options[name] != stored.get(name)}
     if changed:
         differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored.get(k)})" for k, v in changed.items())

@@ -50,8 +50,8 @@ def run(
     ] = None,
     length: Annotated[int, _option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
     sampler: Annotated[str, _option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
-    stride: Annotated[int | None, _option(SAMPLING, "Tokens between neighbouring anchors (default 8)")] = None,
-    first: Annotated[int | None, _option(SAMPLING, "Context tokens before the first anchor (default 8)")] = None,
+    stride: Annotated[int | None, _option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
+    first: Annotated[int | None, _option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
     horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout and of its target.")] = 8,
     rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor; the baseline wants 3 or more.")] = 4,
     temperature: Annotated[
@@ -72,7 +72,7 @@ def run(
         str | None,
         _option(MATCHING, "hidden: last, mean, concat_quantiles or concat_all tokens of a rollout (default last)"),
     ] = None,
-    ngram: Annotated[int | None, _option(MATCHING, "ngram: longest n-gram that is counted (default 2)")] = None,
+    ngram: Annotated[int | None, _option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
     objective: Annotated[str, _option(MATCHING, "Reward of a rollout, from its features.")] = "feature_matching",
     alignment: Annotated[
         str | None, _option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
@@ -80,16 +80,18 @@ def run(
     kernel: Annotated[str | None, _option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
     diversity: Annotated[float, _option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
     estimator: Annotated[str, _option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
-    steps: Annotated[int, _option(TRAINING, "Updates.", min=1)] = 30,
-    batch: Annotated[int, _option(TRAINING, "B, sequences in an update.", min=1)] = 4,
+    steps: Annotated[int, _option(TRAINING, "Updates.", min=1)] = 16,
+    batch: Annotated[int, _option(TRAINING, "B, sequences in an update.", min=1)] = 8,
     micro_batch: Annotated[
         int | None, _option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)", min=1)
     ] = None,
-    lr: Annotated[float, _option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 3e-4,
-    ce: Annotated[float, _option(TRAINING, "γ, weight of the cross-entropy per token.", min=0)] = 0.1,
+    lr: Annotated[float, _option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 1e-3,
+    ce: Annotated[
+        float, _option(TRAINING, "Weight of the cross-entropy per token: the paper's γ times the horizon.", min=0)
+    ] = 2.0,
     kl: Annotated[float, _option(TRAINING, "β, weight of the divergence from the start.", min=0)] = 0.0,
     seed: Annotated[int, _option(TRAINING, "Keys every random number of the run.", min=0)] = 0,
-    held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.", min=2)] = 48,
+    held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.", min=2)] = 64,
     out: Annotated[Path | None, _option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
     resume: Annotated[bool, _option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
     save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 20,
@@ -100,7 +102,11 @@ def run(
     policy gradient of the distance between the feature moments of rollouts and text, mixed with cross-entropy (--ce)
     and a divergence from the start (--kl).
     """
+    from transformers.utils import logging
+
     from ebft.assemble import run_from_options
+
+    logging.disable_progress_bar()
 
     options = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
     explicit = {

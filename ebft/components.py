@@ -40,10 +40,11 @@ def _strided(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> 
 
 
 def _random(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
-    def place(mask, *, seed, **masks):
+    def place(mask, *, seed, sequence_ids, **masks):
         count = max(1, (mask.shape[1] - horizon - first) // stride + 1)  # as many as strided has in a full row
-        generator = torch.Generator().manual_seed(int(seed[0]))
-        return anchors.random(mask, count=count, first=first, horizon=horizon, generator=generator, **masks)
+        keys = zip(seed.tolist(), sequence_ids.tolist(), strict=True)
+        generators = [torch.Generator().manual_seed(hash(key) & (2**62 - 1)) for key in keys]
+        return anchors.random(mask, count=count, first=first, horizon=horizon, generator=generators, **masks)
 
     return place, policy.sample
 
@@ -113,7 +114,7 @@ def _kernel_score(*, kernel: str) -> Values:
     return partial(kernels.kernel_values, kernel=kernel)
 
 
-_ANCHORS = {"stride": 8, "first": 8}
+_ANCHORS = {"stride": 16, "first": 16}
 SAMPLERS = {
     "strided": Component("rollouts from every STRIDE-th prefix; each prefix is computed once", _ANCHORS, _strided),
     "random": Component("as many anchors as strided, drawn without replacement: an ablation", _ANCHORS, _random),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ebft.errors import UsageError
 
@@ -19,16 +22,27 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     """Turn 'no space left', 'read-only' and 'permission denied' while writing `path` into one clear UsageError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         reasons = {
             errno.ENOSPC: "no space is left on the device: free some, or choose another --out",
             errno.EDQUOT: "the disk quota is used up: free some space, or choose another --out",
             errno.EROFS: "the file system is read-only: choose another --out",
             errno.EACCES: "permission denied: choose another --out",
+            errno.ENOTDIR: "a part of that path is a file, not a folder: choose another --out",
         }
-        if error.errno not in reasons:
+        number = _error_number(error)
+        if number not in reasons:
             raise
-        raise UsageError(f"{path} could not be written: {reasons[error.errno]}") from error
+        raise UsageError(f"{path} could not be written: {reasons[number]}") from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The errno behind an error: safetensors says it in words, torch.save while it handles the file's own OSError."""
+    for cause in (error, error.__context__):
+        if isinstance(cause, OSError):
+            return cause.errno
+    words = re.search(r"os error (\d+)", str(error))
+    return int(words[1]) if words else None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -70,7 +84,12 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

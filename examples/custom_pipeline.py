@@ -1,10 +1,9 @@
 """A pipeline of one's own: a new sampler, a new feature map and a new reward, each a plain function.
 
-    python examples/custom_pipeline.py [MODEL] [STEPS]
+python examples/custom_pipeline.py [MODEL] [STEPS]
 """
 
 import sys
-from functools import partial
 
 import torch
 
@@ -45,11 +44,9 @@ def main(model: str = "smollm2-135m", steps: int = 3, data: str = "stdlib") -> l
         "reward": objective(squared_overlap, estimator="rloo"),
     }
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-4)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     loss = EBFTLoss(cross_entropy_coefficient=0.1)
-    run = partial(train, policy, pipeline, loss, rows, optimizer=optimizer, scheduler=scheduler)
     records = []
-    for record in run(steps=steps, batch_size=2, seed=0):
+    for record in train(policy, pipeline, loss, rows, optimizer=optimizer, steps=steps, batch_size=2, seed=0):
         print({name: round(value, 4) for name, value in record.items() if not name.startswith("time_")})
         records.append(record)
     return records

@@ -58,7 +58,8 @@ def tiny_text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-text")
     for number in range(12):
         lines = [
-            f"def f{number}_{line}(x, y={line}):\n    return x * {number + line} + y\n" for line in range(number % 5 + 6)
+            f"def f{number}_{line}(x, y={line}):\n    return x * {number + line} + y\n"
+            for line in range(number % 5 + 6)
         ]
         (folder / f"module_{number}.py").write_text("\n".join(lines), encoding="utf-8")
     return folder

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_run_command_on_the_real_models(tmp_path):
     )
     assert plain.returncode == 0, plain.stderr
     assert int(plain.stdout.split()[-1]) > len("def main():")
+
+
+def test_the_readme_pipeline_runs(tiny_folder, tiny_text, capsys):
+    """The code block of the README, word for word but for the model and the text."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    for name, ours in (("smollm2-135m", tiny_folder), ("stdlib", tiny_text)):
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(ours)))
+    exec(compile(code, "README.md", "exec"), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
 
 
 def test_the_example_trains_on_a_tiny_model(tiny_folder, tiny_text):

@@ -40,7 +40,8 @@ def save(
     def fill(target: Path) -> None:
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable().items()}
         save_file(weights, target / "weights.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, target / "optimizer.pt")
+        with open(target / "optimizer.pt", "wb") as file:  # a file of ours, so that a full disk is told as such
+            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
         hashes = {path.name: _sha256(path) for path in sorted(target.iterdir())}
         write_json(target / _MANIFEST, {"step": step, "sha256": hashes})
 

@@ -30,10 +30,10 @@ def train(
     data: TensorDictBase,
     *,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     steps: int,
     batch_size: int,
     seed: int,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     start: int = 0,
     micro_batch: int | None = None,
     reference: CausalPolicy | None = None,
@@ -89,7 +89,8 @@ def train(
             _refuse_non_finite({"gradient norm": float(norm)}, step)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
-            scheduler.step()
+            if scheduler is not None:
+                scheduler.step()
 
         yield {
             "step": step + 1,

@@ -7,6 +7,8 @@ A row without a valid anchor contributes nothing; only when no row has one is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ebft.errors import UsageError
@@ -46,19 +48,23 @@ def random(
     count: int,
     first: int,
     horizon: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     answer_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` anchors of each row, uniform without replacement among all valid ones with >= `first` context tokens.
 
     An ablation of `strided` at equal cost. Rows with fewer valid places use them all. Arguments and errors as in
-    `strided`; `generator` (of the CPU) is the only source of randomness.
+    `strided`; `generator` (of the CPU; or one for each row, so that a row's anchors depend on no other row) is the
+    only source of randomness.
     """
     if count < 1:
         raise UsageError(f"count={count}: expected a whole number >= 1")
     _, valid = _candidates(mask, first, horizon, answer_mask, document_ids)
-    key = torch.rand(valid.shape, generator=generator, dtype=torch.float64).to(mask.device).masked_fill(~valid, -1.0)
+    batch, length = mask.shape
+    generators = [generator] * batch if isinstance(generator, torch.Generator) else generator
+    rows = [torch.rand(length, generator=g, dtype=torch.float64) for g in generators]
+    key = torch.stack(rows).to(mask.device).masked_fill(~valid, -1.0)
     chosen = torch.zeros_like(valid).scatter(1, key.topk(min(count, key.shape[1]), 1).indices, True)
     return _collect(chosen & valid, mask, first, horizon)
 

@@ -22,8 +22,8 @@ def sampler(
 
     Args:
         place: (mask, *, document_ids, answer_mask) -> (anchors, anchor_mask), the last two if announced below; e.g.
-            `functools.partial(anchors.strided, stride=8, first=8, horizon=8)`. One that draws has a parameter `seed`
-            as well and gets [B] int64.
+            `functools.partial(anchors.strided, stride=8, first=8, horizon=8)`. One that draws has the parameters
+            `seed` and `sequence_ids` as well and gets both, [B] int64.
         engine: `CausalPolicy.sample` of a policy, or any function with its arguments and results.
         horizon: G.
         documents, answers: whether the data carries `document_ids`, `answer_mask`; they are required then.
@@ -36,7 +36,7 @@ def sampler(
 
     def sample(tokens, mask, sequence_ids, seed, *optional):
         given = dict(zip(names, optional, strict=True))
-        drawing = {"seed": seed} if place_draws else {}
+        drawing = {"seed": seed, "sequence_ids": sequence_ids} if place_draws else {}
         anchors, anchor_mask = place(mask, **drawing, **given)
         target_tokens, target_mask = targets(tokens, anchors, anchor_mask, horizon=horizon)
         rollouts = engine(
