@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _ROUNDING = {"half": 0.05, "single": 1e-3}
 
 
-def refuse_unservable(model: nn.Module) -> None:
+def refuse_unservable(model: Any) -> None:
     """Refuse architectures whose layers do not attend through transformers' attention interface.
 
     Raises:
@@ -62,10 +62,10 @@ def check_against_plain_forward(policy: CausalPolicy) -> None:
             plain(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits for x in (trunk, context)
         )
     expected = torch.cat([on_trunk, on_context[:, 3:]], 1).float()
-    error = (got.float() - expected).abs().mean() / expected.std()
+    off = (got.float() - expected).abs().mean() / expected.std()
     half = policy.autocast is not None or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    if not error < _ROUNDING["half" if half else "single"]:
-        raise UsageError(_refusal(model, f"its logits over a comb differ from its own by {error:.2g} deviations"))
+    if not off < _ROUNDING["half" if half else "single"]:
+        raise UsageError(_refusal(model, f"its logits over a comb differ from its own by {off:.2g} deviations"))
 
 
 def _refusal(model: nn.Module, reason: str) -> str:

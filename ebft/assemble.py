@@ -19,13 +19,16 @@ from ebft import __version__, schema
 from ebft.components import choose, resolve_options
 from ebft.data.documents import load_documents, split_documents
 from ebft.data.packing import pack
+from ebft.draw import check_sampling
 from ebft.errors import UsageError
 from ebft.features.contract import as_module
 from ebft.files import write_json
 from ebft.loops.run import open_folder, run
+from ebft.loops.show import SCALE, rollout_lines
 from ebft.objectives.component import objective
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
+from ebft.samplers.anchors import strided
 from ebft.samplers.component import sampler
 
 GROUPS = ("sampler", "features", "objective", "estimator")
@@ -118,7 +121,6 @@ def run_from_options(
         scheduler=scheduler,
         reference=reference,
         out=out,
-        config=config,
         steps=options["steps"],
         batch_size=options["batch"],
         micro_batch=options["micro_batch"],
@@ -127,6 +129,32 @@ def run_from_options(
         save_every=options["save_every"],
         console=console,
     )
+
+
+def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None:
+    """Draw rollouts from the prefixes of one text and print them.
+
+    Args:
+        options: those of the command `sample`, by parameter name.
+
+    Raises:
+        UsageError: any bad input.
+    """
+    settings = {name: options[name] for name in ("temperature", "top_p", "top_k", "min_p")}
+    check_sampling(**settings)
+    if not options["text"].is_file():
+        raise UsageError(f"--text {options['text']}: no such file")
+    (document,) = load_documents(str(options["text"]))
+    policy = CausalPolicy.from_pretrained(options["policy"], device=options["device"], dtype=options["dtype"])
+    tokens = pack([document], policy.tokenizer, length=options["length"], eos=False)[0].to(policy.device)
+    tokens = tokens[schema.TOKENS][tokens[schema.MASK]]
+    placement = {"stride": options["stride"], "first": options["first"], "horizon": options["horizon"]}
+    anchors, anchor_mask = strided(torch.ones_like(tokens, dtype=torch.bool)[None], **placement)
+    legend = ", ".join(f"[{style}]{bound:g} and more[/{style}]" for bound, style in SCALE)
+    console.print(f"probability of a token: {legend}", highlight=False)
+    draw = {"rollouts": options["rollouts"], "seed": options["seed"], "eos": policy.tokenizer.eos_token_id, **settings}
+    for line in rollout_lines(policy, tokens, anchors, anchor_mask, horizon=options["horizon"], **draw):
+        console.print(line, overflow="ellipsis", no_wrap=True)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -195,8 +223,6 @@ def build_pipeline(
 
 def _usable(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
     """The rows in which at least one anchor fits, so that no batch is without one."""
-    from ebft.samplers.anchors import strided
-
     placement = {"stride": 1, "first": resolved["sampler"]["first"], "horizon": options["horizon"]}
     _, anchor_mask = strided(rows[schema.MASK], document_ids=rows[schema.DOCUMENT_IDS], **placement)
     return rows[anchor_mask.any(1)]

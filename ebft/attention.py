@@ -160,7 +160,8 @@ class Score:
         if self.kernel == "dense":
             return attend(query, key, value, masks, rule)
         length = self.layout.length
-        parts = [attend(*(x[:, :, :length] for x in (query, key, value)), masks[0], rule)]
+        trunk = [x[:, :, :length] for x in (query, key, value)]
+        parts = [attend(trunk[0], trunk[1], trunk[2], masks[0], rule)]
         for (start, stop, reach), mask in zip(self._chunks(), masks[1:], strict=True):
             own_key, own_value = (torch.cat([x[:, :, :reach], x[:, :, start:stop]], 2) for x in (key, value))
             parts.append(attend(query[:, :, start:stop], own_key, own_value, mask, rule))

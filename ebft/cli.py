@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 MODEL, DATA, SAMPLING = "Model", "Text", "Rollouts"
@@ -94,7 +94,7 @@ def run(
     held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.", min=2)] = 64,
     out: Annotated[Path | None, _option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
     resume: Annotated[bool, _option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
-    save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 20,
+    save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 10,
 ) -> None:
     """Fine-tune a policy by feature matching and measure what that did to held-out text.
 
@@ -115,6 +115,33 @@ def run(
         if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
     }
     run_from_options(options, explicit=explicit, out=out, resume=resume, console=Console())
+
+
+@app.command()
+def sample(
+    text: Annotated[Path, _option(DATA, "Text file to take the prefixes from.")],
+    policy: Annotated[str, _option(MODEL, "Model: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
+    device: Annotated[str, _option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, _option(MODEL, "auto or a torch dtype.")] = "auto",
+    length: Annotated[int, _option(DATA, "T, tokens of the text to read.", min=2)] = 128,
+    stride: Annotated[int, _option(SAMPLING, "Tokens between neighbouring anchors.")] = 16,
+    first: Annotated[int, _option(SAMPLING, "Context tokens before the first anchor.")] = 16,
+    horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout.")] = 8,
+    rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor.", min=1)] = 4,
+    temperature: Annotated[float, _option(SAMPLING, "Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, _option(SAMPLING, "Nucleus, in (0, 1].")] = 1.0,
+    top_k: Annotated[int | None, _option(SAMPLING, "Keep the K likeliest tokens.")] = None,
+    min_p: Annotated[float | None, _option(SAMPLING, "Keep tokens of at least this share of the likeliest.")] = None,
+    seed: Annotated[int, _option(SAMPLING, "Keys every random number.", min=0)] = 0,
+) -> None:
+    """Show rollouts at their anchors, each token coloured by its log-probability.
+
+    For every anchor: the end of its prefix, the text's own continuation (=), and the rollouts with their summed
+    log-probability under the distribution they were drawn from.
+    """
+    from ebft.assemble import sample_from_options
+
+    sample_from_options(locals(), console=Console())
 
 
 @app.command()

@@ -25,11 +25,11 @@ from ebft.samplers.component import Engine, Place
 
 @dataclass(frozen=True)
 class Component:
-    """A named choice: what it is, its options with their defaults, and how to make it (None for a plain choice)."""
+    """A named choice: what it is, its options with their defaults, and how to make it."""
 
     summary: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    build: Callable[..., Any] | None = None
+    build: Callable[..., Any] = str  # estimators are chosen by name alone
 
 
 # ---- samplers: (policy, horizon, options) -> (place, engine)

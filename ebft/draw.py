@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ebft.errors import UsageError
+from ebft.hashing import finalise, scramble, shift_right
 
 
 def check_sampling(
@@ -54,7 +55,7 @@ def sampling_log_probs(
         kept = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, scaled.topk(top_k, -1).indices, True)
         scaled = scaled.masked_fill(~kept, -torch.inf)
     if top_p < 1:
-        ordered, order = scaled.sort(-1, descending=True, stable=True)
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, order, before >= top_p)
         scaled = scaled.masked_fill(dropped, -torch.inf)
@@ -122,32 +123,15 @@ def keyed_uniform(
     device = sequence_ids.device
     if not isinstance(seed, torch.Tensor):
         seed = torch.full((1,), seed & (2**63 - 1), dtype=torch.int64, device=device)
-    state = _mix(seed[:, None, None])
+    state = finalise(seed[:, None, None])
     for part in (
         sequence_ids[:, None, None],
         anchors[:, :, None],
         torch.arange(rollouts, device=device)[None, None, :],
         torch.full((1, 1, 1), step, dtype=torch.int64, device=device),
     ):
-        state = _mix(state ^ _mix(part + _GOLDEN))
-    return _shift_right(state, 11).double() * 2.0**-53
-
-
-# The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on wrapping int64 arithmetic.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
-_SECOND = 0x94D049BB133111EB - (1 << 64)
-
-
-def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch shifts the sign of an int64 in."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    value = (value ^ _shift_right(value, 30)) * _FIRST
-    value = (value ^ _shift_right(value, 27)) * _SECOND
-    return value ^ _shift_right(value, 31)
+        state = finalise(state ^ scramble(part))
+    return shift_right(state, 11).double() * 2.0**-53
 
 
 def until_eos(tokens: torch.Tensor, eos: int | None) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
 import torch
 
 from ebft.assets import resolve
@@ -47,7 +50,7 @@ def _has_bfloat16_units(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device):
+def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Model and tokenizer of an embedded name, a folder or a hub id.
 
     Raises:
@@ -58,7 +61,7 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device):
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -80,11 +83,13 @@ def add_adapters(model, *, rank: int, seed: int, autocast: bool = False):
     if rank < 1:
         raise UsageError(f"lora rank {rank}: expected a whole number >= 1, or 0 for full fine-tuning")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), catch_warnings():
+        simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that the latter is about to rename
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     for module in adapted.modules():
         # autocast chooses the compute dtype; peft would cast every input to float32 only for autocast to cast it back
         if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = not autocast
+            layer: Any = module
+            layer.cast_input_dtype_enabled = not autocast
     return adapted

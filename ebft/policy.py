@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ class CausalPolicy:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer=None,
         *,
         autocast: torch.dtype | None = None,
@@ -54,7 +55,7 @@ class CausalPolicy:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.autocast, self.kernel, self.head_rows = autocast, kernel, head_rows
-        self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._adapters_off = False
         refuse_unservable(self.causal_lm)
         model.eval()
@@ -196,7 +197,7 @@ class CausalPolicy:
             tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from; 0 where
             masked), mask [B,K,N,G] bool (False at masked anchors and after EOS).
         """
-        settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         check_sampling(**settings)
         batch, count = anchors.shape
         if sequence_ids is None:
@@ -266,7 +267,7 @@ class CausalPolicy:
             log_prob [B,K,N,G] float32, 0 where `rollout_mask` is False;
             token_log_prob [B,T-1] float32: of tokens[:, 1:] at temperature 1, 0 where the predicted token is padding.
         """
-        settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         check_sampling(**settings)
         _, _, rollouts, horizon = rollout_tokens.shape
         layout = NestedPrefixLayout(

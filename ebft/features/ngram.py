@@ -8,6 +8,7 @@ from torch.nn.functional import normalize as unit_norm
 
 from ebft.errors import UsageError
 from ebft.features.contract import FeatureMap, from_token_function
+from ebft.hashing import scramble
 
 
 def ngram(n: int = 2, *, dimension: int = 512, seed: int = 0, normalize: bool = True) -> FeatureMap:
@@ -46,10 +47,10 @@ def _buckets(tokens: Tensor, mask: Tensor, *, n: int, dimension: int, seed: int)
     horizon = tokens.shape[-1]
     start = torch.arange(horizon, device=tokens.device)
     size = length.clamp(max=n)
-    state = _mix(torch.full_like(tokens, seed) + _mix(size))
+    state = scramble(torch.full_like(tokens, seed) + scramble(size))
     for offset in range(min(n, horizon)):
         following = tokens.roll(-offset, -1)  # what wraps around lies past `length`, hence in no whole gram
-        state = torch.where(offset < size, _mix(state ^ _mix(following + 1)), state)
+        state = torch.where(offset < size, scramble(state ^ scramble(following + 1)), state)
     return (state >> 1 & _POSITIVE) % dimension, start + size <= length
 
 
@@ -60,24 +61,4 @@ def _left_align(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.gather(-1, order) * mask, mask
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 _POSITIVE = (1 << 62) - 1
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers that looks random."""
-    x = x + _GAMMA
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own copies the sign bit of an int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

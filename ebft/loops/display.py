@@ -56,10 +56,12 @@ class Display:
 
 def result_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """Each metric before -> after, with the paired standard error."""
-    table = Table(title="Held-out, same texts and random numbers before and after", title_justify="left")
-    for name, justify in (("metric", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(name, justify=justify, no_wrap=name != "metric")
-    table.add_column("± paired s.e.", justify="right")
+    table = Table(
+        title="Held-out: same texts and random numbers before and after, paired standard errors", title_justify="left"
+    )
+    table.add_column("metric")
+    for name in ("before", "after", "change", "± s.e."):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
     for name, row in metrics.items():
         table.add_row(

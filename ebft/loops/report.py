@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import string
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ebft.errors import UsageError
+from ebft.files import write_atomically
 from ebft.loops.report_curves import (
     TIME_PREFIX,
     Curve,
@@ -28,7 +29,7 @@ _STEP_TIME = "time_step"
 _TIMING = (TIME_PREFIX, "tokens_per_second")
 
 
-def write_samples(samples: list[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
+def write_samples(samples: list[dict[str, Any]], path: str | PathLike[str]) -> Path:
     """Write held-out samples as Markdown: prefix tail, ground truth, rollouts before and after with their rewards.
 
     Args:
@@ -40,11 +41,11 @@ def write_samples(samples: list[dict[str, Any]], path: str | os.PathLike[str]) -
         UsageError: a sample has another form.
     """
     path = Path(path)
-    _replace(path, samples_markdown(samples).encode())
+    write_atomically(path, samples_markdown(samples).encode())
     return path
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(run_dir: str | PathLike[str]) -> Path:
     """Write `report.html` and `report.png` into a run's folder and return the path of the former.
 
     Reads `metrics.csv`, and `config.json`, `evaluation.json` and `samples.json` where they are there, so that it also
@@ -67,19 +68,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     ]
     template = string.Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     page = template.substitute(title=escape(name), facts=_facts(steps, columns, evaluation), body="\n".join(body))
-    _replace(folder / "report.png", curves_png(curves, title=name))
-    _replace(folder / "report.html", page.encode("utf-8", errors="backslashreplace"))
+    write_atomically(folder / "report.png", curves_png(curves, title=name))
+    write_atomically(folder / "report.html", page.encode("utf-8", errors="backslashreplace"))
     return folder / "report.html"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path, kind: type) -> Any:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from ebft.loops.display import Display, result_table, stage_table, watch_line
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.report import write_report, write_samples
-from ebft.loops.train import Stage, train
+from ebft.loops.train import NonFiniteLoss, Stage, train
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 
-COLUMNS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
-COLUMNS += ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
-COLUMNS += ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step", "tokens_per_second")
+_TERMS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
+_WATCHED = ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
+_TIMES = ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step")
+COLUMNS = (*_TERMS, *_WATCHED, *_TIMES, "tokens_per_second")
 
 SAMPLED_PREFIXES = 4
 
@@ -53,7 +55,6 @@ def run(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     reference: CausalPolicy,
     out: Path,
-    config: Mapping[str, Any],
     steps: int,
     batch_size: int,
     seed: int,
@@ -72,7 +73,6 @@ def run(
         data, held_out: rows of batch size [M], see `ebft.data.packing.pack`.
         reference: the frozen start of the policy.
         out: the run's folder, see `open_folder`.
-        config: what `config.json` holds.
         save_every: steps between checkpoints.
 
     Returns:
@@ -87,6 +87,7 @@ def run(
     start = checkpoint.restore(
         out / "checkpoints", policy=policy, optimizer=optimizer, scheduler=scheduler, warn=display.console.print
     )
+    save = partial(checkpoint.save, out / "checkpoints", policy=policy, optimizer=optimizer, scheduler=scheduler)
     measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
     with stop_requests() as stop:
         before = _load_held(out)
@@ -115,15 +116,23 @@ def run(
             max_grad_norm=max_grad_norm,
             scoring=scoring,
         )
-        for record in display.track(training, label="training", total=steps, done=start, describe=watch_line):
-            rows.append(record)
-            _write_metrics(out, rows)
-            step = int(record["step"])
-            if step % save_every == 0 or step == steps or stop():
-                checkpoint.save(out / "checkpoints", step, policy=policy, optimizer=optimizer, scheduler=scheduler)
-            if stop() and step < steps:
-                write_report(out)
-                raise Interrupted(f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on")
+        step = start
+        try:
+            for record in display.track(training, label="training", total=steps, done=start, describe=watch_line):
+                rows.append(record)
+                _write_metrics(out, rows)
+                step = int(record["step"])
+                if step % save_every == 0 or step == steps or stop():
+                    save(step)
+                if stop() and step < steps:
+                    write_report(out)
+                    raise Interrupted(
+                        f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
+                    )
+        except NonFiniteLoss:
+            if step:
+                save(step)  # the weights are still those of the last good step
+            raise
 
         after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)
     result = _result(before, after, rows, held_out)
@@ -158,7 +167,8 @@ def open_folder(out: Path, *, resume: bool) -> None:
 
 
 def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, scoring, reference=None) -> Held:
-    parts, samples = [], []
+    parts: list[dict] = []
+    samples: list[dict[str, Any]] = []
     batches = evaluate(policy, pipeline, data, batch_size=batch_size, seed=seed, reference=reference, scoring=scoring)
     total = math.ceil(len(data) / batch_size)
     for sums, td in display.track(batches, label=label, total=total):
@@ -210,7 +220,7 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
     tokens = sum(float(row["tokens_per_second"]) * float(row["time_step"]) for row in rows)
     stages = {}
     for column in COLUMNS:
-        if column.startswith("time_"):
+        if column in _TIMES:
             seconds = sum(float(row.get(column) or 0) for row in rows)
             name = column.removeprefix("time_")
             stages[name] = {
@@ -251,7 +261,10 @@ def _load_held(out: Path) -> Held | None:
         stored = json.loads((out / "before.json").read_text())
     except FileNotFoundError:
         return None
-    sums = {name: tuple(torch.tensor(x, dtype=torch.float64) for x in pair) for name, pair in stored["sums"].items()}
+    sums = {
+        name: (torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
+        for name, (total, count) in stored["sums"].items()
+    }
     return Held(sums, stored["samples"])
 
 

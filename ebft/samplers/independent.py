@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def sample(
     Returns:
         tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32, mask [B,K,N,G] bool.
     """
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(**settings)
     if sequence_ids is None:
         sequence_ids = torch.arange(tokens.shape[0], device=tokens.device)
