@@ -45,6 +45,14 @@ COMPONENT_OPTIONS = (
 )
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
+# The smallest value of each numeric option; all must be finite.
+_AT_LEAST = {
+    **dict.fromkeys(("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram"), 1),
+    **dict.fromkeys(("lora", "ce", "kl", "diversity", "seed", "context_tokens", "temperature", "lr"), 0),
+    **dict.fromkeys(("length", "held_out"), 2),
+    "save_every": 1,
+}
+
 
 def run_from_options(
     options: Mapping[str, Any], *, explicit: set[str], out: Path | None, resume: bool, console: Console
@@ -163,15 +171,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: one clear message, naming the option, its value and what is expected.
     """
+    for name, least in _AT_LEAST.items():
+        value = options[name]
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
     length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
-    for name in ("temperature", "diversity", "lr", "ce", "kl"):
-        if not math.isfinite(options[name]):
-            raise UsageError(f"--{name} {options[name]}: expected a finite number")
-    for name in ("stride", "first", "ngram"):
-        if options[name] is not None and options[name] < 1:
-            raise UsageError(f"--{name} {options[name]}: expected a whole number >= 1")
-    if horizon < 1:
-        raise UsageError(f"--horizon {horizon}: expected a whole number >= 1")
     if horizon >= length:
         raise UsageError(f"--horizon {horizon} does not fit --length {length}: a sequence needs context and a target")
     if options["temperature"] <= 0:
@@ -180,8 +184,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
     if not 0 < options["top_p"] <= 1:
         raise UsageError(f"--top-p {options['top_p']}: expected a number in (0, 1]; 1 keeps every token")
-    if rollouts < 1:
-        raise UsageError(f"--rollouts {rollouts}: expected a whole number >= 1")
     if rollouts == 1:
         reason = "held-out feature matching compares rollouts with each other"
         if options["diversity"] > 0:
@@ -189,8 +191,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         elif options["estimator"] != "none":
             reason = f"the estimator {options['estimator']} compares a rollout with the others of its anchor"
         raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
-    if options["diversity"] < 0:
-        raise UsageError(f"--diversity {options['diversity']}: expected a number >= 0")
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
 

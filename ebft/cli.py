@@ -36,7 +36,7 @@ def _option(panel: str, help: str, *names: str, **extra: Any):
 def run(
     context: typer.Context,
     policy: Annotated[str, _option(MODEL, "Model to train: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
-    lora: Annotated[int, _option(MODEL, "Rank of LoRA adapters; 0 trains all weights.", min=0)] = 16,
+    lora: Annotated[int, _option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 16,
     device: Annotated[str, _option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str, _option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
@@ -80,21 +80,21 @@ def run(
     kernel: Annotated[str | None, _option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
     diversity: Annotated[float, _option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
     estimator: Annotated[str, _option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
-    steps: Annotated[int, _option(TRAINING, "Updates.", min=1)] = 16,
-    batch: Annotated[int, _option(TRAINING, "B, sequences in an update.", min=1)] = 8,
+    steps: Annotated[int, _option(TRAINING, "Updates.")] = 16,
+    batch: Annotated[int, _option(TRAINING, "B, sequences in an update.")] = 8,
     micro_batch: Annotated[
-        int | None, _option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)", min=1)
+        int | None, _option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
     ] = None,
     lr: Annotated[float, _option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 1e-3,
     ce: Annotated[
-        float, _option(TRAINING, "Weight of the cross-entropy per token: the paper's γ times the horizon.", min=0)
+        float, _option(TRAINING, "Weight of the cross-entropy per token: the paper's γ times the horizon.")
     ] = 2.0,
-    kl: Annotated[float, _option(TRAINING, "β, weight of the divergence from the start.", min=0)] = 0.0,
-    seed: Annotated[int, _option(TRAINING, "Keys every random number of the run.", min=0)] = 0,
-    held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.", min=2)] = 64,
+    kl: Annotated[float, _option(TRAINING, "β, weight of the divergence from the start.")] = 0.0,
+    seed: Annotated[int, _option(TRAINING, "Keys every random number of the run.")] = 0,
+    held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     out: Annotated[Path | None, _option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
     resume: Annotated[bool, _option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
-    save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 10,
+    save_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.")] = 10,
 ) -> None:
     """Fine-tune a policy by feature matching and measure what that did to held-out text.
 
@@ -123,16 +123,16 @@ def sample(
     policy: Annotated[str, _option(MODEL, "Model: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
     device: Annotated[str, _option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, _option(MODEL, "auto or a torch dtype.")] = "auto",
-    length: Annotated[int, _option(DATA, "T, tokens of the text to read.", min=2)] = 128,
+    length: Annotated[int, _option(DATA, "T, tokens of the text to read.")] = 128,
     stride: Annotated[int, _option(SAMPLING, "Tokens between neighbouring anchors.")] = 16,
     first: Annotated[int, _option(SAMPLING, "Context tokens before the first anchor.")] = 16,
     horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout.")] = 8,
-    rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor.", min=1)] = 4,
+    rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor.")] = 4,
     temperature: Annotated[float, _option(SAMPLING, "Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, _option(SAMPLING, "Nucleus, in (0, 1].")] = 1.0,
     top_k: Annotated[int | None, _option(SAMPLING, "Keep the K likeliest tokens.")] = None,
     min_p: Annotated[float | None, _option(SAMPLING, "Keep tokens of at least this share of the likeliest.")] = None,
-    seed: Annotated[int, _option(SAMPLING, "Keys every random number.", min=0)] = 0,
+    seed: Annotated[int, _option(SAMPLING, "Keys every random number.")] = 0,
 ) -> None:
     """Show rollouts at their anchors, each token coloured by its log-probability.
 

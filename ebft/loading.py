@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -59,15 +60,19 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name)
+    expected = (
+        "Expected an embedded name (smollm2-135m), a folder with config.json, safetensors weights and a tokenizer,"
+        " or a hub id"
+    )
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json). {expected}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"policy {name!r} could not be loaded as a causal language model: {reason}."
-            " Expected an embedded name (smollm2-135m), a folder with config.json, safetensors weights and a tokenizer,"
-            " or a hub id"
+            f"policy {name!r} could not be loaded as a causal language model: {reason}. {expected}"
         ) from error
     return model.to(device), tokenizer
 

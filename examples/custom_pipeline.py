@@ -17,7 +17,7 @@ from ebft.samplers import sampler
 from ebft.samplers.anchors import strided
 
 
-def wandering(mask, *, seed, document_ids):
+def wandering(mask, *, seed, sequence_ids, document_ids):
     """A sampler: like `strided`, but every row starts its anchors at another place, drawn anew at every step."""
     first = 4 + int(seed[0]) % 8
     return strided(mask, stride=8, first=first, horizon=8, document_ids=document_ids)
