@@ -132,7 +132,7 @@ def test_numbers_below_one_are_refused(name):
 
 
 def test_random_refuses_no_anchors():
-    with pytest.raises(UsageError, match="^count=0: expected"):
+    with pytest.raises(UsageError, match=r"^count=0: expected"):
         anchors.random(torch.ones(1, 9).bool(), count=0, first=1, horizon=1, generator=torch.Generator())
 
 

@@ -17,10 +17,33 @@ from ebft.errors import UsageError
 from ebft.loops.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = (
-    "--policy --features --sampler --data --length --stride --first --horizon --rollouts --temperature --top-p --steps"
-    " --batch --micro-batch --lr --ce --kl --diversity --estimator --seed --device --dtype --lora --out --resume"
-).split()
+OPTIONS = [
+    "--policy",
+    "--features",
+    "--sampler",
+    "--data",
+    "--length",
+    "--stride",
+    "--first",
+    "--horizon",
+    "--rollouts",
+    "--temperature",
+    "--top-p",
+    "--steps",
+    "--batch",
+    "--micro-batch",
+    "--lr",
+    "--ce",
+    "--kl",
+    "--diversity",
+    "--estimator",
+    "--seed",
+    "--device",
+    "--dtype",
+    "--lora",
+    "--out",
+    "--resume",
+]
 
 
 @pytest.fixture

@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 from tests.models import NAMES, VOCABULARY, independent_score, plain_logits, tiny
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-# Families whose code computes softmax or norms in float32 whatever the weights: float64 gains them nothing.
-FLOAT32_INSIDE = {
-    "llama", "llama-mqa-untied", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3_text", "olmo2", "granite",
-    "cohere", "qwen3_moe", "gpt_oss", "gpt2", "gpt_neox", "phi", "opt",
-}  # fmt: skip
+# Families whose norms, rotations and softmax keep the weights' precision; the others compute in float32 inside.
+FLOAT64_THROUGHOUT = ("gpt2", "opt")
 
 
 def comb(seed=0, batch=2, length=13, count=3, rollouts=2, horizon=3):
@@ -73,3 +71,56 @@ def test_strided_sampling_records_the_independent_log_probs(name):
     torch.testing.assert_close(log_prob, expected, atol=2e-5, rtol=0)
     scored, _ = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask)
     torch.testing.assert_close(log_prob, scored, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FLOAT64_THROUGHOUT)
+def test_score_equals_independent_forwards_in_float64(name):
+    model = tiny(name, dtype=torch.float64)
+    model.set_attn_implementation("sdpa")  # the eager form rounds its softmax to float32
+    policy = CausalPolicy(copy.deepcopy(model))
+    tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
+    log_prob, _ = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask)
+    expected = independent_score(model, tokens, anchors, anchor_mask, rollout, rollout_mask)
+    torch.testing.assert_close(log_prob, expected, atol=1e-10, rtol=0)
+    for ours, theirs in zip(gradients(policy.model, log_prob.sum()), gradients(model, expected.sum()), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_a_frozen_head_has_the_gradient_of_a_trained_one():
+    """The analytic gradient of `ebft.head` against autograd through the logits, at a temperature and N draws a row."""
+    results = []
+    for frozen in (False, True):
+        model = tiny("gpt2", dtype=torch.float64, tie_word_embeddings=False)
+        model.get_output_embeddings().weight.requires_grad_(not frozen)
+        policy = CausalPolicy(model, head_rows=5)
+        tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
+        score, trunk = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, temperature=0.7)
+        weights = torch.randn(score.shape, generator=torch.Generator().manual_seed(1))
+        embeddings = model.get_input_embeddings().weight
+        results.append((score, trunk, *torch.autograd.grad((score * weights).sum() + trunk.sum(), embeddings)))
+    for trained, frozen in zip(*results, strict=True):
+        torch.testing.assert_close(frozen, trained, atol=1e-10, rtol=0)
+
+
+def test_layers_that_cannot_share_a_prefix_are_refused_by_name():
+    config = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+    small = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    hybrid = AutoConfig.for_model(
+        "qwen3_5_text", **small, num_hidden_layers=4, num_key_value_heads=2, head_dim=8, **config
+    )
+    with pytest.raises(UsageError, match=r"Qwen3_5ForCausalLM.*linear_attention"):
+        CausalPolicy(AutoModelForCausalLM.from_config(hybrid))
+    bloom = AutoConfig.for_model("bloom", vocab_size=29, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(UsageError, match=r"BloomForCausalLM.*not pluggable"):
+        CausalPolicy(AutoModelForCausalLM.from_config(bloom))
+
+
+def test_a_plain_forward_of_a_driven_model_is_an_error_and_plain_gives_it_back():
+    model = tiny("llama")
+    context = torch.tensor([[3, 4, 5]])
+    before = model(input_ids=context).logits
+    policy = CausalPolicy(model)
+    with pytest.raises(RuntimeError, match=r"policy\.plain"):
+        model(input_ids=context)
+    with policy.plain() as plain:
+        torch.testing.assert_close(plain(input_ids=context).logits, before, atol=0, rtol=0)

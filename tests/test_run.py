@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what they leave, that they repeat, resume and stop, and that an update is the right one."""
+"""Whole runs on a tiny model: what they leave, that they repeat, resume and stop, and what an update does."""
 
 import csv
 import inspect
@@ -147,7 +147,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_the_run_that_was_not(finis
     out = tmp_path / "stopped"
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "train", interrupting)
-        with pytest.raises(Interrupted, match="step 3 of 6.*--resume"):
+        with pytest.raises(Interrupted, match=r"step 3 of 6.*--resume"):
             go(options, out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert metrics(out) == metrics(finished[0])[:3]  # also: the same seed gives the same run
