@@ -66,6 +66,6 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         weight, tokens, mean_row = ctx.saved_tensors
-        rows = (gradient[..., None] * weight[tokens].to(gradient.dtype)).sum(-2)
+        rows = (gradient[..., None].to(weight.dtype) * weight[tokens]).sum(-2, dtype=gradient.dtype)
         rows = rows - gradient.sum(-1, keepdim=True) * mean_row.to(gradient.dtype)
         return (rows / ctx.temperature).to(ctx.dtype), None, None, None

@@ -265,6 +265,58 @@ def test_resuming_with_a_changed_option(run, tmp_path):
     assert (tmp_path / "out" / "metrics.csv").read_bytes() == stored
 
 
+# The command `sample`
+
+
+@pytest.fixture
+def sample(run, tiny_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("def add(left, right):\n    return left + right\n" * 3)
+
+    def call(**changes):
+        options = {"text": tmp_path / "text.txt", "policy": tiny_folder, "device": "cpu", "dtype": "float32", **changes}
+        argv = [str(x) for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+        monkeypatch.setattr(sys, "argv", ["ebft", "sample", *argv])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_sample_shows_prefix_text_and_rollouts(sample):
+    code, out, err = sample(rollouts=2, horizon=5, first=4, stride=10, length=32)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("   ") and line.split()[0].isdigit()] == [
+        "4",
+        "14",
+        "24",
+    ]
+    assert len([line for line in lines if line.startswith("    = ")]) == 3
+    assert out == sample(rollouts=2, horizon=5, first=4, stride=10, length=32)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "absent.txt"}, "--text absent.txt: no such file"),
+        ({"temperature": -1}, "temperature=-1.0"),
+        ({"temperature": "nan"}, "--temperature nan"),
+        ({"top_p": 0}, "top_p=0.0"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"min_p": 2}, "min_p=2.0"),
+        ({"rollouts": 0}, "--rollouts 0"),
+        ({"stride": 0}, "--stride 0"),
+        ({"horizon": 500}, "horizon=500"),
+    ],
+)
+def test_sample_refuses_bad_input(sample, changes, message):
+    assert_refused(sample(**changes), message)
+
+
 # Help
 
 
