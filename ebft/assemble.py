@@ -148,11 +148,12 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
     Raises:
         UsageError: any bad input.
     """
+    _check_ranges(options)
     settings = {name: options[name] for name in ("temperature", "top_p", "top_k", "min_p")}
     check_sampling(**settings)
     if not options["text"].is_file():
         raise UsageError(f"--text {options['text']}: no such file")
-    (document,) = load_documents(str(options["text"]))
+    document = load_documents(str(options["text"]))[0]
     policy = CausalPolicy.from_pretrained(options["policy"], device=options["device"], dtype=options["dtype"])
     tokens = pack([document], policy.tokenizer, length=options["length"], eos=False)[0].to(policy.device)
     tokens = tokens[schema.TOKENS][tokens[schema.MASK]]
@@ -171,10 +172,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: one clear message, naming the option, its value and what is expected.
     """
-    for name, least in _AT_LEAST.items():
-        value = options[name]
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
+    _check_ranges(options)
     length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
     if horizon >= length:
         raise UsageError(f"--horizon {horizon} does not fit --length {length}: a sequence needs context and a target")
@@ -193,6 +191,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
+
+
+def _check_ranges(options: Mapping[str, Any]) -> None:
+    for name, least in _AT_LEAST.items():
+        value = options.get(name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
 
 
 def build_pipeline(

@@ -11,7 +11,8 @@ SENTENCE = "def add(left, right):\n    return left + right\n\nfor index in range
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """A name that is no local folder fails at once, here as on a machine without a network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for subprocesses; this one read it when it started
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,9 @@ BAD_OPTIONS = {
     "learning rate inf": ({"lr": "inf"}, ["--lr inf"]),
     "diversity < 0": ({"diversity": -1}, ["--diversity -1"]),
     "ce nan": ({"ce": "nan"}, ["--ce nan"]),
+    "kl < 0": ({"kl": -0.5}, ["--kl -0.5"]),
+    "micro-batch 0": ({"micro_batch": 0}, ["--micro-batch 0"]),
+    "context tokens < 0": ({"features": "sbert", "context_tokens": -1}, ["--context-tokens -1"]),
     "unknown dtype": ({"dtype": "float17"}, ["'float17'", "bfloat16"]),
     "unknown device": ({"device": "gpuu"}, ["'gpuu'", "cuda:N"]),
     "unknown kernel": ({"objective": "kernel_score", "kernel": "rfb"}, ["'rfb'", "did you mean 'rbf'"]),
@@ -128,9 +131,9 @@ BAD_OPTIONS = {
     "layers that are no numbers": ({"features": "hidden", "layers": "a,b"}, ["'a,b'", "0.25,0.5,0.75"]),
     "layer beyond the model": ({"features": "hidden", "layers": "7"}, ["layer 7", "0 to 2"]),
     "unknown pooling": ({"features": "hidden", "pooling": "men"}, ["'men'", "mean"]),
-    "lora < 0": ({"lora": -1}, ["--lora", "-1"]),
-    "steps 0": ({"steps": 0}, ["--steps", "0"]),
-    "held-out 1": ({"held_out": 1}, ["--held-out", "1"]),
+    "lora < 0": ({"lora": -1}, ["--lora -1"]),
+    "steps 0": ({"steps": 0}, ["--steps 0"]),
+    "held-out 1": ({"held_out": 1}, ["--held-out 1"]),
     "no number": ({"batch": "many"}, ["--batch", "integer"]),
     "resume without a run": ({"resume": True}, ["--resume", "out holds no run"]),
 }
@@ -299,11 +302,18 @@ def test_sample_shows_prefix_text_and_rollouts(sample):
     assert out == sample(rollouts=2, horizon=5, first=4, stride=10, length=32)[1]
 
 
+def test_sample_reads_the_first_text_of_a_json_lines_file(sample, tmp_path):
+    text = "def add(left, right):\n    return left + right\n" * 3
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + '\n{"text": "another"}\n')
+    assert sample(text=tmp_path / "text.jsonl") == sample(text=tmp_path / "text.txt")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"text": "absent.txt"}, "--text absent.txt: no such file"),
-        ({"temperature": -1}, "temperature=-1.0"),
+        ({"temperature": -1}, "--temperature -1"),
         ({"temperature": "nan"}, "--temperature nan"),
         ({"top_p": 0}, "top_p=0.0"),
         ({"top_k": 0}, "top_k=0"),
