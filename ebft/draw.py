@@ -17,7 +17,7 @@ def check_sampling(
     *, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, min_p: float | None = None
 ) -> None:
     """Raise UsageError on settings outside their range; temperature 0 means greedy."""
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature={temperature}: expected a number > 0, or 0 for greedy decoding")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p={top_p}: expected a number in (0, 1]; 1 keeps every token")
@@ -102,7 +102,8 @@ def _locate(masses: torch.Tensor, level: torch.Tensor, *, fraction: bool) -> tup
     total = running[..., -1:]
     level = torch.minimum(level * total if fraction else level, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(running, level.contiguous(), right=True)
-    return index, level - (running - masses).gather(-1, index)
+    # running - masses may round above the sum before it: what is left is never negative
+    return index, (level - (running - masses).gather(-1, index)).clamp(min=0)
 
 
 def keyed_uniform(

@@ -7,6 +7,7 @@ from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
+from safetensors import SafetensorError
 
 from ebft.assets import resolve
 from ebft.errors import UsageError
@@ -69,7 +70,7 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"policy {name!r} could not be loaded as a causal language model: {reason}. {expected}"

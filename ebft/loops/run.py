@@ -219,15 +219,13 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
         }
     tokens = sum(float(row["tokens_per_second"]) * float(row["time_step"]) for row in rows)
     stages = {}
-    for column in COLUMNS:
-        if column in _TIMES:
-            seconds = sum(float(row.get(column) or 0) for row in rows)
-            name = column.removeprefix("time_")
-            stages[name] = {
-                "seconds": seconds,
-                "tokens": round(tokens),
-                "tokens_per_second": tokens / max(seconds, 1e-9),
-            }
+    for column in dict.fromkeys(name for row in rows for name in row if name.startswith("time_")):
+        seconds = sum(float(row.get(column) or 0) for row in rows)
+        stages[column.removeprefix("time_")] = {
+            "seconds": seconds,
+            "tokens": round(tokens),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+        }
     return {
         "metrics": metrics,
         "stages": stages,
@@ -277,8 +275,9 @@ def _read_metrics(out: Path, start: int) -> list[dict]:
 
 
 def _write_metrics(out: Path, rows: list[dict]) -> None:
+    own = {name: None for row in rows for name in row if name not in COLUMNS}  # a user's own stages have times too
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *own], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / "metrics.csv", text.getvalue().encode())
