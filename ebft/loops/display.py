@@ -59,7 +59,7 @@ def result_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(
         title="Held-out: same texts and random numbers before and after, paired standard errors", title_justify="left"
     )
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for name in ("before", "after", "change", "± s.e."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
