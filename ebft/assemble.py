@@ -16,7 +16,7 @@ from rich.console import Console
 from tensordict import TensorDictBase
 
 from ebft import __version__, schema
-from ebft.components import choose, resolve_options
+from ebft.components import OPTION_NAMES, choose, resolve_options
 from ebft.data.documents import load_documents, split_documents
 from ebft.data.packing import pack
 from ebft.draw import check_sampling
@@ -32,17 +32,6 @@ from ebft.samplers.anchors import strided
 from ebft.samplers.component import sampler
 
 GROUPS = ("sampler", "features", "objective", "estimator")
-COMPONENT_OPTIONS = (
-    "stride",
-    "first",
-    "encoder",
-    "context_tokens",
-    "layers",
-    "pooling",
-    "ngram",
-    "alignment",
-    "kernel",
-)
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
 # The smallest value of each numeric option; all must be finite.
@@ -74,11 +63,11 @@ def run_from_options(
         options = _stored_options(out, options, explicit)
     check_options(options)
     chosen = {group: options[group] for group in GROUPS}
-    given = {name: options[name] for name in COMPONENT_OPTIONS}
+    given = {name: options[name] for name in OPTION_NAMES}
     resolved = resolve_options(chosen, given)
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options['features']}-{options['sampler']}"
-    if not resume:
-        open_folder(out, resume=False) if out.exists() else None  # refuse before the work, make it after the checks
+    if not resume and out.exists():
+        open_folder(out, resume=False)  # refused before the work; made after the checks
 
     documents = split_documents(load_documents(options["data"], text_field=options["text_field"]))
     console.print(f"policy {options['policy']}, features {options['features']}", highlight=False)
