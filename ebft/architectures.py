@@ -1,4 +1,4 @@
-"""Which architectures can share a prefix between rollouts. Fail closed: what we do not know is refused by name."""
+"""Which architectures can share a prefix between rollouts, and how. Fail closed: what is not proved is refused."""
 
 from __future__ import annotations
 
@@ -17,36 +17,30 @@ if TYPE_CHECKING:
 # Layer types whose keys and values can be shared by all rollouts of a prefix.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
-# Mean error of logits over a comb, in standard deviations of the logits, that rounding explains. A mask that is ignored
-# or a window that is lost gives 0.1 and more.
+# Mean error of logits, in standard deviations of the logits, that rounding explains. A mask that is ignored, a window
+# that is lost or a state that is not carried on gives 0.1 and more.
 _ROUNDING = {"half": 0.05, "single": 1e-3}
 
 
-def refuse_unservable(model: Any) -> None:
-    """Refuse architectures whose layers do not attend through transformers' attention interface.
-
-    Raises:
-        UsageError: names the model, the reason and the sampler that can serve it.
-    """
+def why_not_a_comb(model: Any) -> str | None:
+    """Why the layers of a model cannot attend through transformers' attention interface; None if they can."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or []) - _ATTENTION_LAYERS
     if kinds:
-        raise UsageError(_refusal(model, f"it has layers of type {sorted(kinds)}"))
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(_refusal(model, "it is an encoder-decoder"))
+        return f"it has layers of type {sorted(kinds)}"
     if not getattr(model, "_supports_attention_backend", False):
-        raise UsageError(_refusal(model, "its attention is not pluggable in this version of transformers"))
+        return "its attention is not pluggable in this version of transformers"
+    return None
 
 
 @torch.no_grad()
-def check_against_plain_forward(policy: CausalPolicy) -> None:
+def comb_differs(policy: CausalPolicy) -> str | None:
     """Compare a tiny comb (5 tokens of trunk, a tooth of 2 at its 3rd) with two plain forward passes of the model.
 
-    Raises:
-        UsageError: the forward pass over a comb fails, or its logits are not those of the model.
+    Returns:
+        What is wrong with the forward pass over the comb; None when its logits are those of the model.
     """
-    model = policy.causal_lm
-    ids = (torch.arange(1, 8, device=policy.device) * 7919) % model.config.get_text_config().vocab_size
+    ids = probe_tokens(policy)
     trunk, tooth = ids[None, :5], ids[5:].view(1, 1, 1, 2)
     anchor, yes = torch.full_like(trunk[:, :1], 3), torch.ones_like(trunk[:, :1], dtype=torch.bool)
     layout = NestedPrefixLayout(anchor, yes, length=5, rollouts=1, horizon=2)
@@ -55,21 +49,59 @@ def check_against_plain_forward(policy: CausalPolicy) -> None:
             comb = attention.Score(layout, kernel="dense")
             got = policy.logits(policy.backbone(layout.pack(trunk, tooth), layout.positions(), comb))
     except (TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(_refusal(model, f"its forward pass failed: {error}")) from error
+        return f"its forward pass failed: {error}"
     context = torch.cat([trunk[:, :3], tooth.view(1, 2)], 1)
     with policy.plain() as plain:
         on_trunk, on_context = (
             plain(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits for x in (trunk, context)
         )
-    expected = torch.cat([on_trunk, on_context[:, 3:]], 1).float()
-    off = (got.float() - expected).abs().mean() / expected.std()
-    half = policy.autocast is not None or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    if not off < _ROUNDING["half" if half else "single"]:
-        raise UsageError(_refusal(model, f"its logits over a comb differ from its own by {off:.2g} deviations"))
+    off = deviation(got, torch.cat([on_trunk, on_context[:, 3:]], 1))
+    return None if off < rounding(policy) else f"its logits over a comb differ from its own by {off:.2g} deviations"
 
 
-def _refusal(model: nn.Module, reason: str) -> str:
-    return (
-        f"{type(model).__name__} cannot share a prefix between rollouts: {reason}."
-        " Use the 'independent' sampler for it, or another model."
-    )
+@torch.no_grad()
+def refuse_unknown_head(policy: CausalPolicy) -> None:
+    """Refuse a model whose logits are not those that `CausalPolicy.logits` computes from its last hidden states.
+
+    Raises:
+        UsageError: names the model.
+    """
+    ids = probe_tokens(policy)[None]
+    with policy.plain() as plain:
+        expected = plain(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        got = policy.logits(policy.plain_states(ids, torch.ones_like(ids)))
+    off = deviation(got, expected)
+    if not off < rounding(policy):
+        raise UsageError(
+            f"{type(policy.causal_lm).__name__}: its logits differ from those of its head over its last hidden states"
+            f" by {off:.2g} deviations; it does something to them that is not known here. Use another model"
+        )
+
+
+def probe_tokens(policy: CausalPolicy) -> torch.Tensor:
+    """Seven tokens spread over the vocabulary."""
+    vocabulary = policy.causal_lm.config.get_text_config().vocab_size
+    return (torch.arange(1, 8, device=policy.device) * 7919) % vocabulary
+
+
+def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean absolute difference of logits in standard deviations of the expected ones; nan counts as infinite."""
+    off = float((got.float() - expected.float()).abs().mean() / expected.float().std())
+    return off if off == off else float("inf")
+
+
+def rounding(policy: CausalPolicy) -> float:
+    """The largest `deviation` that the precision of a policy explains."""
+    half = policy.autocast is not None or next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return _ROUNDING["half" if half else "single"]
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Positions that a table of learned position embeddings holds, None for a model without one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES:
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")

@@ -41,6 +41,17 @@ def run(
     dtype: Annotated[
         str, _option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
     ] = "auto",
+    attention: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            "Kernel of scoring and embedding: dense, chunked, flex, or rows, a plain forward pass per rollout"
+            " (default: the fastest known for model and device)",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, _option(MODEL, "Compute activations again in backward: less memory, more time.", "--checkpointing")
+    ] = False,
     data: Annotated[
         str,
         _option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl file or a hub dataset id."),
@@ -124,9 +135,13 @@ def sample(
     device: Annotated[str, _option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, _option(MODEL, "auto or a torch dtype.")] = "auto",
     length: Annotated[int, _option(DATA, "T, tokens of the text to read.")] = 128,
-    stride: Annotated[int, _option(SAMPLING, "Tokens between neighbouring anchors.")] = 16,
-    first: Annotated[int, _option(SAMPLING, "Context tokens before the first anchor.")] = 16,
-    horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout.")] = 8,
+    sampler: Annotated[
+        str,
+        _option(SAMPLING, "Where rollouts start and how they are drawn; full: from the end of the text to EOS."),
+    ] = "strided",
+    stride: Annotated[int | None, _option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
+    first: Annotated[int | None, _option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
+    horizon: Annotated[int, _option(SAMPLING, "G, tokens of a rollout at most.")] = 8,
     rollouts: Annotated[int, _option(SAMPLING, "N, rollouts from every anchor.")] = 4,
     temperature: Annotated[float, _option(SAMPLING, "Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, _option(SAMPLING, "Nucleus, in (0, 1].")] = 1.0,

@@ -19,7 +19,7 @@ from ebft.features.contract import FeatureMap
 from ebft.objectives import kernels, moments
 from ebft.objectives.component import Values
 from ebft.policy import CausalPolicy
-from ebft.samplers import anchors, independent
+from ebft.samplers import anchors, independent, snapshot
 from ebft.samplers.component import Engine, Place
 
 
@@ -36,10 +36,13 @@ class Component:
 
 
 def _strided(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
+    policy.require_shared()
     return partial(anchors.strided, stride=stride, first=first, horizon=horizon), policy.sample
 
 
 def _random(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
+    policy.require_shared()
+
     def place(mask, *, seed, sequence_ids, **masks):
         count = max(1, (mask.shape[1] - horizon - first) // stride + 1)  # as many as strided has in a full row
         keys = zip(seed.tolist(), sequence_ids.tolist(), strict=True)
@@ -50,15 +53,13 @@ def _random(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> t
 
 
 def _independent(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
-    def logits(context: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=context[None], use_cache=False).logits[0, -1]
+    place = partial(anchors.strided, stride=stride, first=first, horizon=horizon)
+    return place, partial(independent.sample, policy)
 
-    def engine(*args, **kwargs):
-        with policy.plain():
-            return independent.sample(logits, *args, **kwargs)
 
-    model = policy.model
-    return _strided(policy, horizon=horizon, stride=stride, first=first)[0], engine
+def _snapshot(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
+    place = partial(anchors.strided, stride=stride, first=first, horizon=horizon)
+    return place, partial(snapshot.sample, snapshot.cache_reader(policy))
 
 
 # ---- feature maps: (policy, reference, options) -> FeatureMap
@@ -118,6 +119,7 @@ _ANCHORS = {"stride": 16, "first": 16}
 SAMPLERS = {
     "strided": Component("rollouts from every STRIDE-th prefix; each prefix is computed once", _ANCHORS, _strided),
     "random": Component("as many anchors as strided, drawn without replacement: an ablation", _ANCHORS, _random),
+    "snapshot": Component("strided anchors, by copies of the model's own cache: recurrent layers", _ANCHORS, _snapshot),
     "independent": Component("strided anchors, one full forward per rollout and token: slow", _ANCHORS, _independent),
 }
 FEATURES = {

@@ -7,6 +7,9 @@ were drawn, or on a device's generator; and two policies sampled with the same k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ebft.errors import UsageError
@@ -25,6 +28,35 @@ def check_sampling(
         raise UsageError(f"top_k={top_k}: expected a whole number >= 1, or nothing to keep every token")
     if min_p is not None and not 0 <= min_p <= 1:
         raise UsageError(f"min_p={min_p}: expected a number in [0, 1], or nothing to keep every token")
+
+
+def is_truncated(settings: Mapping[str, Any]) -> bool:
+    """Whether any of top_p, top_k, min_p of `settings` may drop a token."""
+    return settings.get("top_p", 1.0) < 1 or settings.get("top_k") is not None or bool(settings.get("min_p"))
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw tokens by the inverse CDF and say how likely they were.
+
+    Args:
+        logits: [..., V]; a float32 or float64 tensor may be overwritten.
+        uniform: [..., Q] float64 in [0, 1): Q draws from each distribution.
+        settings: temperature, top_p, top_k, min_p of `sampling_log_probs`.
+
+    Returns:
+        tokens [..., Q] int64 and their log-probs [..., Q] under the distribution sampled from.
+    """
+    if is_truncated(settings) or settings.get("temperature", 1.0) == 0:
+        log_probs = sampling_log_probs(logits, **settings)
+        tokens = inverse_cdf(log_probs.exp(), uniform)
+        return tokens, log_probs.gather(-1, tokens)
+    # every token may be drawn: one pass of exp over the vocabulary does, instead of one for the log-probs and another
+    scaled = logits if logits.dtype == torch.float64 else logits.float()
+    if settings.get("temperature", 1.0) != 1:
+        scaled = scaled.div_(settings["temperature"])
+    weights = scaled.sub_(scaled.amax(-1, keepdim=True)).exp_()
+    tokens = inverse_cdf(weights, uniform)
+    return tokens, (weights.gather(-1, tokens) / weights.sum(-1, keepdim=True)).log()
 
 
 def sampling_log_probs(
@@ -66,11 +98,11 @@ def sampling_log_probs(
     return log_probs
 
 
-def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative distribution first exceeds each uniform number.
 
     Args:
-        log_probs: [..., V].
+        weights: [..., V] probabilities up to a factor.
         uniform: [..., Q] float64 in [0, 1): Q draws from each distribution.
 
     Returns:
@@ -78,11 +110,10 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     # Two levels, blocks of tokens and tokens of a block: a running sum over V = 49k in float64 takes four times as
     # long, and in float32 its rounding is larger than many of the probabilities.
-    probabilities = log_probs.exp()
-    size = probabilities.shape[-1]
+    size = weights.shape[-1]
     if size % _BLOCK:
-        probabilities = torch.nn.functional.pad(probabilities, (0, -size % _BLOCK))
-    blocks = probabilities.unflatten(-1, (-1, _BLOCK))
+        weights = torch.nn.functional.pad(weights, (0, -size % _BLOCK))
+    blocks = weights.unflatten(-1, (-1, _BLOCK))
     block, rest = _locate(blocks.sum(-1).double(), uniform, fraction=True)
     inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK)).double()  # [..., Q, _BLOCK]
     token, _ = _locate(inside, rest[..., None], fraction=False)

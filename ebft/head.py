@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ebft.draw import sampling_log_probs
+from ebft.draw import is_truncated, sampling_log_probs
 
 
 def chosen_log_probs(
@@ -18,54 +18,141 @@ def chosen_log_probs(
     rows: int,
     settings: Mapping,
     weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Log-probs of Q tokens from each hidden state, `rows` states at a time.
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of Q tokens from each of R hidden states, `rows` states at a time, and the entropy on request.
 
     Args:
         logits: the head, [R,H] -> [R,V].
-        hidden: [...,H], with gradient.
-        tokens: [...,Q] int64.
+        hidden: [R,H], with gradient.
+        tokens: [R,Q] int64.
         settings: temperature, top_p, ... of `ebft.draw.sampling_log_probs`.
-        weight: [V,H], when the head is ``hidden @ weight.T`` with a frozen weight and nothing else: the gradient is
-            then found on the way, instead of computing the logits a second time.
+        weight: [V,H], when the head is ``hidden @ weight.T`` and nothing else. The gradient is then written out: of a
+            frozen weight it is found on the way, of a trained one from the logits computed a second time. Any other
+            head goes through autograd with its logits computed a second time.
+        entropy: also return the entropy of each state's distribution.
 
     Returns:
-        [...,Q] float32 (float64 for a float64 model).
+        log-probs [R,Q] and entropies [R] (None unless asked for) in nats; float32 (float64 for a float64 model).
     """
-    flat, wanted = hidden.flatten(0, -2), tokens.flatten(0, -2)
-    truncated = any(settings.get(name) not in (None, 1.0) for name in ("top_p", "top_k", "min_p"))
     temperature = settings.get("temperature", 1.0)
+    smooth = temperature > 0 and not is_truncated(settings) and torch.is_grad_enabled()
+    if weight is not None and smooth and (hidden.requires_grad or weight.requires_grad):
+        matrix = weight.to(_product_dtype(weight))  # once, not for every chunk; its gradient is cast back
+        head = _TrainedHead if weight.requires_grad else _FrozenHead
+        chosen, spread = head.apply(hidden, matrix, tokens, temperature, rows, entropy)
+        return chosen, spread if entropy else None
 
-    def chunk(part: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
-        if weight is not None and part.requires_grad and not truncated and temperature > 0:
-            return _FrozenHead.apply(part, weight, picked, temperature)
-        return sampling_log_probs(logits(part), **settings).gather(-1, picked)
+    def chunk(part: torch.Tensor, picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = sampling_log_probs(logits(part), **settings)
+        spread = _entropy(log_probs) if entropy else log_probs.new_empty(0)
+        return log_probs.gather(-1, picked), spread
 
-    parts = zip(flat.split(rows), wanted.split(rows), strict=True)
-    if weight is None and torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts]).view(tokens.shape)
-    return torch.cat([chunk(*part) for part in parts]).view(tokens.shape)
+    parts = list(zip(hidden.split(rows), tokens.split(rows), strict=True))
+    if torch.is_grad_enabled():
+        results = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
+    else:
+        results = [chunk(*part) for part in parts]
+    return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]) if entropy else None
+
+
+def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """[R,V] -> [R]; a token of probability zero adds nothing."""
+    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return -(log_probs.exp() * finite).sum(-1)
+
+
+def _product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which the surrounding autocast multiplies."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(h Wᵀ/τ) [R,V] in at least float32, computed in place."""
+    logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
+    if temperature != 1:
+        logits.div_(temperature)
+    return logits.log_softmax(-1)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log softmax(h Wᵀ/τ)[tokens] for a frozen W.
+    """log softmax(h Wᵀ/τ)[tokens] and its entropy H for a frozen W.
 
-    ∂ log p(y)/∂h = (W_y - Σ_v p_v W_v)/τ, so the mean row Σ_v p_v W_v [R,H] is all that backward needs.
+    ∂ log p(y)/∂h = (W_y - Σ_v p_v W_v)/τ and ∂H/∂h = -Σ_v p_v (log p_v + H) W_v/τ: two rows [R,H] are all that
+    backward needs.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature):
-        compute = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        log_probs = sampling_log_probs((hidden.to(weight.dtype) @ weight.T).to(compute), temperature=temperature)
-        chosen = log_probs.gather(-1, tokens)
-        ctx.save_for_backward(weight, tokens, log_probs.exp_().to(weight.dtype) @ weight)
-        ctx.temperature = temperature
-        ctx.dtype = hidden.dtype
-        return chosen
+    def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
+        picks, spreads, means, tilts = [], [], [], []
+        for part, picked in zip(hidden.split(rows), tokens.split(rows), strict=True):
+            log_probs = _log_softmax(part.to(weight.dtype), weight, temperature)
+            picks.append(log_probs.gather(-1, picked))
+            if entropy:
+                probs = log_probs.exp()
+                spreads.append(-(probs * log_probs).sum(-1))
+                tilts.append((probs * (log_probs + spreads[-1][:, None])).to(weight.dtype) @ weight)
+                means.append(probs.to(weight.dtype) @ weight)
+            else:
+                means.append(log_probs.exp_().to(weight.dtype) @ weight)
+        chosen, spread = torch.cat(picks), torch.cat(spreads) if entropy else hidden.new_empty(0)
+        ctx.save_for_backward(weight, tokens, torch.cat(means), *([torch.cat(tilts)] if entropy else []))
+        ctx.temperature, ctx.dtype = temperature, hidden.dtype
+        return chosen, spread
 
     @staticmethod
-    def backward(ctx, gradient):
-        weight, tokens, mean_row = ctx.saved_tensors
+    def backward(ctx, gradient, on_entropy):
+        weight, tokens, mean_row, *tilt = ctx.saved_tensors
         rows = (gradient[..., None].to(weight.dtype) * weight[tokens]).sum(-2, dtype=gradient.dtype)
         rows = rows - gradient.sum(-1, keepdim=True) * mean_row.to(gradient.dtype)
-        return (rows / ctx.temperature).to(ctx.dtype), None, None, None
+        if tilt:
+            rows = rows - on_entropy[:, None] * tilt[0].to(gradient.dtype)
+        return (rows / ctx.temperature).to(ctx.dtype), None, None, None, None, None
+
+
+# Every chunk adds a whole [V,H] to the weight's gradient, so in backward its chunks are larger.
+_ROWS_OF_A_WEIGHT_GRADIENT = 512
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The same for a W that is trained: backward computes the logits again, a chunk at a time.
+
+    With z = h Wᵀ/τ: ∂ log p(y)/∂z = e_y - p and ∂H/∂z = -p (log p + H). The weight's gradient is summed over the
+    chunks in at least float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
+        chosen, spreads = [], []
+        for part, picked in zip(hidden.split(rows), tokens.split(rows), strict=True):
+            log_probs = _log_softmax(part.to(weight.dtype), weight, temperature)
+            chosen.append(log_probs.gather(-1, picked))
+            if entropy:
+                spreads.append(_entropy(log_probs))
+        spread = torch.cat(spreads) if entropy else hidden.new_empty(0)
+        ctx.save_for_backward(hidden, weight, tokens, spread)
+        ctx.temperature, ctx.rows, ctx.entropy = temperature, rows, entropy
+        return torch.cat(chosen), spread
+
+    @staticmethod
+    def backward(ctx, gradient, on_entropy):
+        hidden, weight, tokens, spread = ctx.saved_tensors
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        on_hidden = torch.empty_like(hidden)
+        on_weight = torch.zeros_like(weight, dtype=compute)
+        rows = max(ctx.rows, _ROWS_OF_A_WEIGHT_GRADIENT)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            states = hidden[part].to(weight.dtype)
+            log_probs = _log_softmax(states, weight, ctx.temperature)
+            if ctx.entropy:
+                pull = gradient[part].sum(-1, keepdim=True) + on_entropy[part, None] * (log_probs + spread[part, None])
+                slope = log_probs.exp_().mul_(-pull)
+            else:
+                slope = log_probs.exp_().mul_(-gradient[part].sum(-1, keepdim=True))
+            slope.scatter_add_(-1, tokens[part], gradient[part])
+            slope = slope.div_(ctx.temperature).to(weight.dtype)
+            on_hidden[part] = slope @ weight
+            on_weight += slope.T @ states
+        return on_hidden, on_weight.to(weight.dtype), None, None, None, None

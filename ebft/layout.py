@@ -13,6 +13,19 @@ import torch
 from ebft.errors import UsageError
 
 
+def document_starts(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """[B,T] int64: the index at which the document of each token of `tokens` [B,T] starts; 0 without `document_ids`.
+
+    A run of equal ids is a document, so an id that comes back later is another document.
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if document_ids is None:
+        return torch.zeros_like(index)
+    opens = torch.ones_like(document_ids, dtype=torch.bool)
+    opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(opens, index, 0).cummax(1).values
+
+
 class NestedPrefixLayout:
     """Order, positions, predecessors and visibility of the tokens of ``[trunk | teeth]`` rows. Knows no model.
 
@@ -56,14 +69,8 @@ class NestedPrefixLayout:
         """Precompute, for every slot of a row, what `visible` compares: all [B, S]."""
         device, teeth = self.anchors.device, self.count * self.rollouts
         index = torch.arange(self.length, device=device).expand(self.batch, -1)
-        if document_ids is None:
-            document, start = torch.zeros_like(index), torch.zeros_like(index)
-        else:
-            # a run of equal ids is a document, so an id that comes back later is another document
-            opens = torch.ones_like(document_ids, dtype=torch.bool)
-            opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-            document = opens.long().cumsum(1)
-            start = torch.where(opens, index, 0).cummax(1).values
+        start = document_starts(index, document_ids)
+        document = start  # where it starts tells a document from the others of its row
         context = self.anchors - 1
         step = torch.arange(self.horizon, device=device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,44 @@ import torch
 from torch import nn
 
 from ebft import attention
-from ebft.architectures import check_against_plain_forward, refuse_unservable
-from ebft.draw import check_sampling, inverse_cdf, keyed_uniform, sampling_log_probs, until_eos
+from ebft.architectures import comb_differs, position_limit, refuse_unknown_head, why_not_a_comb
+from ebft.draw import check_sampling, draw, keyed_uniform
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
 from ebft.head import chosen_log_probs
 from ebft.layout import NestedPrefixLayout
 from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
+from ebft.rows import row_states
+from ebft.taps import layer_outputs, recomputed
 
 # Options of configurations by which some families change their logits, see `CausalPolicy.logits`.
-_LOGIT_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+_LOGIT_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap")
+
+# Kernels of a policy: those of a comb, and one plain forward pass per rollout.
+KERNELS = (*attention.KERNELS, "rows")
 
 
 class CausalPolicy:
-    """Any transformers causal LM with standard attention layers, driven over nested prefixes.
+    """Any transformers causal LM, driven over nested prefixes.
+
+    A model whose layers all attend shares each prefix among all its rollouts. Of another one (linear attention, state
+    space, attention that is not pluggable) `not_shared` says why it cannot: `sample` refuses it and names the samplers
+    that can, `score` and `hidden_states` run one plain forward pass per rollout.
 
     Args:
         model: a transformers causal LM, or one wrapped by peft. From here on its attention belongs to this policy;
             `plain()` gives it back for a while.
         tokenizer: optional, for those who need text.
         autocast: compute dtype of forward passes (weights stay as they are), None for the weights' own.
-        kernel: attention kernel of `score` and `hidden_states`, see `ebft.attention.Score`.
+        kernel: how `score` and `hidden_states` run: ``dense``, ``chunked``, ``flex`` (see `ebft.attention.Score`), or
+            ``rows``: one plain forward pass per rollout. None: the fastest known for the model and its device.
+        checkpointing: keep only what enters each decoder layer for the backward pass of `score`, and compute the rest
+            again: about a third more time, a fraction of the memory.
         head_rows: rows of the head computed at once.
 
     Raises:
-        UsageError: the model has layers (linear attention, state space) or an attention that cannot be served.
+        UsageError: an encoder-decoder; a model that does something unknown to its logits; a kernel that is unknown or
+            that the model cannot use.
     """
 
     def __init__(
@@ -50,18 +64,26 @@ class CausalPolicy:
         tokenizer=None,
         *,
         autocast: torch.dtype | None = None,
-        kernel: str = "chunked",
-        head_rows: int = 512,
+        kernel: str | None = None,
+        checkpointing: bool = False,
+        head_rows: int = 128,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.autocast, self.kernel, self.head_rows = autocast, kernel, head_rows
+        self.autocast, self.checkpointing, self.head_rows = autocast, checkpointing, head_rows
         self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(self.causal_lm.config, "is_encoder_decoder", False):
+            raise UsageError(f"{type(self.causal_lm).__name__} is an encoder-decoder: expected a causal language model")
         self._adapters_off = False
-        refuse_unservable(self.causal_lm)
-        model.eval()
         self._plain_attention = self.causal_lm.config._attn_implementation
-        self.causal_lm.set_attn_implementation(attention.NAME)
-        check_against_plain_forward(self)
+        model.eval()
+        self.not_shared = why_not_a_comb(self.causal_lm)
+        if self.not_shared is None:
+            self.causal_lm.set_attn_implementation(attention.NAME)
+            self.not_shared = comb_differs(self)
+        if self.not_shared is not None:
+            self.causal_lm.set_attn_implementation(self._plain_attention)
+        refuse_unknown_head(self)
+        self.kernel = self._choose_kernel(kernel)
 
     @classmethod
     def from_pretrained(
@@ -75,7 +97,7 @@ class CausalPolicy:
             dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; with adapters the frozen
                 weights are kept in bfloat16) or a torch dtype's name for weights and compute.
             lora: rank of LoRA adapters, None for full fine-tuning; `seed` draws their start.
-            options: `kernel`, `head_rows`.
+            options: `kernel`, `checkpointing`, `head_rows`.
 
         Raises:
             UsageError: anything that cannot be loaded, chosen or served.
@@ -115,15 +137,35 @@ class CausalPolicy:
         """Write the policy as a plain Hugging Face folder, adapters merged; see `ebft.export.save_causal_lm`."""
         save_causal_lm(self.model, self.tokenizer, Path(path))
 
+    def _choose_kernel(self, kernel: str | None) -> str:
+        if kernel is None:
+            return "rows" if self.not_shared else attention.default_kernel(self.device)
+        if kernel not in KERNELS:
+            raise UsageError(f"kernel {kernel!r}: expected one of {', '.join(KERNELS)}")
+        if self.not_shared and kernel != "rows":
+            raise UsageError(f"kernel {kernel!r}: {self._cannot_share()}; use 'rows', or leave the kernel out")
+        return kernel
+
+    def require_shared(self) -> None:
+        """Raise UsageError if the model cannot share a prefix between rollouts; it names the samplers that can."""
+        if self.not_shared:
+            raise UsageError(
+                f"{self._cannot_share()}. Use the 'snapshot' sampler for it ('independent' is slower), or another model"
+            )
+
+    def _cannot_share(self) -> str:
+        return f"{type(self.causal_lm).__name__} cannot share a prefix between rollouts: {self.not_shared}"
+
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
         """The model with its own attention, for plain forward passes and `generate`."""
+        driven = self.causal_lm.config._attn_implementation
         self.causal_lm.set_attn_implementation(self._plain_attention)
         try:
             with self.computing():
                 yield self.model
         finally:
-            self.causal_lm.set_attn_implementation(attention.NAME)
+            self.causal_lm.set_attn_implementation(driven)
 
     @contextmanager
     def computing(self):
@@ -132,14 +174,48 @@ class CausalPolicy:
         with adapters, torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             yield
 
-    # ---- forward passes over a comb
+    # ---- forward passes
 
-    def backbone(self, tokens: torch.Tensor, positions: torch.Tensor, comb) -> torch.Tensor:
-        """[B,S] tokens -> last hidden states [B,S,H] of the model without its head."""
+    def backbone(self, tokens: torch.Tensor, positions: torch.Tensor, comb: attention.Comb) -> torch.Tensor:
+        """[B,S] tokens of a comb -> last hidden states [B,S,H] of the model without its head."""
         out = self.causal_lm.base_model(
             input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, comb=comb
         )
         return out[0]
+
+    def plain_states(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[R,S] tokens of plain right-padded rows -> last hidden states [R,S,H]; call it inside `plain()`."""
+        return self.causal_lm.base_model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)[0]
+
+    def _states(
+        self, layout: NestedPrefixLayout, tokens: torch.Tensor, teeth: torch.Tensor, layers: Sequence[int] | None
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Outputs of decoder layers over trunk [B,T,H] and teeth [B,K,N,G,H]; the last states as -1 for None."""
+        self._check_positions(layout)
+
+        def outputs(forward) -> dict[int, torch.Tensor]:
+            return {-1: forward()} if layers is None else layer_outputs(forward, self._layers(), layers)
+
+        recompute = self.checkpointing and layers is None and torch.is_grad_enabled()
+        with recomputed(self._layers()) if recompute else nullcontext():
+            if self.kernel == "rows":
+                with self.plain():
+                    return row_states(
+                        lambda rows, real: outputs(partial(self.plain_states, rows, real)), layout, tokens, teeth
+                    )
+            comb = attention.Score(layout, kernel=self.kernel)
+            with self.computing():
+                row = layout.pack(tokens, teeth)
+                found = outputs(partial(self.backbone, row, layout.positions(), comb))
+        return {layer: layout.unpack(state) for layer, state in found.items()}
+
+    def _check_positions(self, layout: NestedPrefixLayout) -> None:
+        limit, longest = position_limit(self.causal_lm), int(layout.positions().max()) + 1
+        if limit is not None and longest > limit:
+            raise UsageError(
+                f"{type(self.causal_lm).__name__} knows {limit} positions, the text with its rollouts has {longest}:"
+                " give shorter sequences, or a shorter horizon"
+            )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own head, with the scalings that some families apply to logits."""
@@ -151,6 +227,7 @@ class CausalPolicy:
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             logits = logits * config.logit_scale
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        cap = getattr(config, "logits_soft_cap", None) if cap is None else cap  # RecurrentGemma
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _layers(self) -> nn.ModuleList:
@@ -181,7 +258,10 @@ class CausalPolicy:
         eos: int | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw N rollouts of G tokens from every nested prefix; T + K·N·(G-1) token-forwards per sequence.
+        """Draw N rollouts of G tokens from every nested prefix, sharing the prefixes.
+
+        Each token is computed once: T token-forwards (up to the last anchor) and K·N·(G-1) more, fewer when rollouts
+        end early.
 
         Args:
             tokens, mask: [B,T] int64, bool; right-padded.
@@ -194,47 +274,60 @@ class CausalPolicy:
             document_ids: [B,T] int64; contexts stay inside their document.
 
         Returns:
-            tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from; 0 where
-            masked), mask [B,K,N,G] bool (False at masked anchors and after EOS).
+            tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from), mask
+            [B,K,N,G] bool (False at masked anchors and after EOS); tokens and log-probs are 0 where it is False.
+
+        Raises:
+            UsageError: the model cannot share prefixes, a setting is out of range, or the text is too long for it.
         """
+        self.require_shared()
         settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         check_sampling(**settings)
         batch, count = anchors.shape
         if sequence_ids is None:
             sequence_ids = torch.arange(batch, device=tokens.device)
+        # nobody sees what follows the last anchor
+        length = int(torch.where(anchor_mask, anchors, 1).max())
+        tokens, document_ids = tokens[:, :length], None if document_ids is None else document_ids[:, :length]
         layout = NestedPrefixLayout(
-            anchors, anchor_mask, length=tokens.shape[1], rollouts=rollouts, horizon=horizon, document_ids=document_ids
+            anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=document_ids
         )
-        positions = layout.positions()
+        self._check_positions(layout)
+        drawn = torch.zeros(batch, count, rollouts, horizon, dtype=torch.int64, device=tokens.device)
+        log_prob = torch.zeros(drawn.shape, device=tokens.device)
+        alive = torch.zeros(drawn.shape, dtype=torch.bool, device=tokens.device)
+        first_position = layout.unpack(layout.positions())[1][..., 0].flatten()
+        # the live rollouts, as places of the flat [B*K*N]
+        live = anchor_mask[:, :, None].expand(-1, -1, rollouts).flatten().nonzero()[:, 0]
         with self.computing():
             prefill = attention.Prefill(layout)
-            hidden = self.backbone(tokens, positions[:, : layout.length], prefill)
-            decode = attention.Decode(layout, prefill.kept)
-            hidden = hidden.gather(1, (layout.anchors - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
-            first_position = layout.unpack(positions)[1][..., 0].flatten(1)
-            drawn, log_probs = [], []
+            states = self.backbone(tokens, layout.positions()[:, :length], prefill)
+            # at step 0 the N rollouts of an anchor share one distribution, afterwards each has its own
+            rows, columns = anchor_mask.nonzero(as_tuple=True)
+            states, shared = states[rows, layout.anchors[rows, columns] - 1], rollouts
             for step in range(horizon):
                 uniform = keyed_uniform(seed, sequence_ids, layout.anchors, rollouts=rollouts, step=step)
-                # at step 0 the N rollouts of an anchor share one distribution, afterwards each has its own
-                rows = uniform if step == 0 else uniform.unsqueeze(-1)
-                token, log_prob = self._draw(hidden.flatten(0, -2), rows.flatten(0, -2), settings)
-                drawn.append(token.view(batch, count, rollouts))
-                log_probs.append(log_prob.view(batch, count, rollouts))
-                if step < horizon - 1:
-                    hidden = self.backbone(drawn[-1].flatten(1), first_position + step, decode)
-                    decode.advance()
-        rollout_tokens, log_prob = torch.stack(drawn, -1), torch.stack(log_probs, -1)
-        rollout_mask = until_eos(rollout_tokens, eos) & anchor_mask[:, :, None, None]
-        return rollout_tokens, log_prob.masked_fill(~rollout_mask, 0.0), rollout_mask
+                token, chosen = self._draw(states, uniform.flatten()[live].view(-1, shared), settings)
+                token, chosen = token.flatten(), chosen.flatten()
+                for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
+                    whole.view(-1, horizon)[live, step] = new
+                keep = torch.ones_like(live, dtype=torch.bool) if eos is None else token != eos
+                live = live[keep]
+                if step == horizon - 1 or not len(live):
+                    break
+                if step == 0:
+                    decode = attention.Decode(layout, prefill.kept, live)
+                else:
+                    decode.advance(keep)
+                states = self.backbone(token[keep][None], (first_position[live] + step)[None], decode)[0]
+                shared = 1
+        return drawn, log_prob, alive
 
     def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden rows [R,H] and Q uniform numbers for each [R,Q] -> tokens and their log-probs [R,Q]."""
-        tokens, log_probs = [], []
-        for rows, numbers in zip(hidden.split(self.head_rows), uniform.split(self.head_rows), strict=True):
-            row_log_probs = sampling_log_probs(self.logits(rows), **settings)
-            tokens.append(inverse_cdf(row_log_probs, numbers))
-            log_probs.append(row_log_probs.gather(-1, tokens[-1]))
-        return torch.cat(tokens), torch.cat(log_probs)
+        parts = zip(hidden.split(self.head_rows), uniform.split(self.head_rows), strict=True)
+        drawn = [draw(self.logits(rows), numbers, **settings) for rows, numbers in parts]
+        return torch.cat([tokens for tokens, _ in drawn]), torch.cat([log_probs for _, log_probs in drawn])
 
     # ---- scoring
 
@@ -252,20 +345,24 @@ class CausalPolicy:
         top_k: int | None = None,
         min_p: float | None = None,
         document_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        entropy: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
         """Log-probabilities of all rollouts and of the sequence itself in one pass, with gradient.
 
         The last token of a rollout predicts nothing, so a row holds T + K·N·(G-1) tokens.
 
         Args:
-            tokens, mask: [B,T]; anchors, anchor_mask: [B,K].
-            rollout_tokens, rollout_mask: [B,K,N,G].
-            temperature, top_p, top_k, min_p: those of the sampler; they shape the rollouts' log-probs only.
+            tokens, mask, anchors, anchor_mask: as in `sample`.
+            rollout_tokens, rollout_mask: [B,K,N,G] int64, bool.
+            temperature, top_p, top_k, min_p: as in `sample`, for the rollouts: with the sampler's settings the
+                log-probs are those that it recorded; a token that truncation drops has -inf.
             document_ids: [B,T] int64; contexts stay inside their document.
+            entropy: also return the entropy of the distribution that each rollout token was drawn from.
 
         Returns:
             log_prob [B,K,N,G] float32, 0 where `rollout_mask` is False;
-            token_log_prob [B,T-1] float32: of tokens[:, 1:] at temperature 1, 0 where the predicted token is padding.
+            token_log_prob [B,T-1] float32: of tokens[:, 1:] at temperature 1, 0 where the predicted token is padding;
+            with `entropy`, entropy [B,K,N,G] float32 in nats, with gradient, 0 where `rollout_mask` is False.
         """
         settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         check_sampling(**settings)
@@ -278,34 +375,52 @@ class CausalPolicy:
             horizon=horizon - 1,
             document_ids=document_ids,
         )
+        real = rollout_mask & anchor_mask[:, :, None, None]
+        trunk, teeth = self._states(layout, tokens, rollout_tokens[..., :-1], None)[-1]
         with self.computing():
-            row = layout.pack(tokens, rollout_tokens[..., :-1])
-            comb = attention.Score(layout, kernel=self.kernel)
-            trunk, teeth = layout.unpack(self.backbone(row, layout.positions(), comb))
-            at_anchors = trunk.gather(1, (layout.anchors - 1)[..., None].expand(-1, -1, trunk.shape[-1]))
-            first = self._select(at_anchors, rollout_tokens[..., 0], settings)  # [B,K,N]
-            later = self._select(teeth, rollout_tokens[..., 1:, None], settings)[..., 0]  # [B,K,N,G-1]
-            token_log_prob = self._select(trunk[:, :-1], tokens[:, 1:, None], {})[..., 0]
-        log_prob = torch.cat([first[..., None], later], -1)
-        return (
-            torch.where(rollout_mask & anchor_mask[:, :, None, None], log_prob, 0.0),
-            torch.where(mask[:, 1:], token_log_prob, 0.0),
-        )
+            rows, columns = anchor_mask.nonzero(as_tuple=True)
+            at_anchors = trunk[rows, layout.anchors[rows, columns] - 1]
+            first, first_entropy = self._select(at_anchors, rollout_tokens[rows, columns, :, 0], settings, entropy)
+            later_real = real[..., 1:]
+            later, later_entropy = self._select(
+                teeth[later_real], rollout_tokens[..., 1:][later_real][:, None], settings, entropy
+            )
+            known = mask[:, 1:]
+            own, _ = self._select(trunk[:, :-1][known], tokens[:, 1:][known][:, None], {}, False)
 
-    def _select(self, hidden: torch.Tensor, tokens: torch.Tensor, settings: dict) -> torch.Tensor:
-        """Hidden states [...,H] and Q tokens for each [...,Q] -> their log-probs [...,Q], the head in chunks."""
+        def whole(at_first: torch.Tensor, at_later: torch.Tensor) -> torch.Tensor:
+            start = at_first.new_zeros(rollout_tokens.shape[:3]).index_put((rows, columns), at_first)
+            rest = at_later.new_zeros(later_real.shape).masked_scatter(later_real, at_later)
+            return torch.where(real, torch.cat([start[..., None], rest], -1), 0.0)
+
+        results = (whole(first, later[:, 0]), own.new_zeros(known.shape).masked_scatter(known, own[:, 0]))
+        if not entropy:
+            return results
+        spread = first_entropy[:, None].expand(-1, rollouts)  # type: ignore[index]
+        return (*results, whole(spread, later_entropy))  # type: ignore[arg-type]
+
+    def _select(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, settings: dict, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [R,H] and Q tokens for each [R,Q] -> log-probs [R,Q] and entropies [R], the head in chunks."""
         if not hidden.numel():
-            return hidden.new_zeros(tokens.shape, dtype=torch.float32)
+            nothing = hidden.sum(-1, dtype=torch.float32)  # of the graph, so that a backward pass finds it
+            return nothing[:, None].expand(tokens.shape), nothing
         return chosen_log_probs(
-            self.logits, hidden, tokens, rows=self.head_rows, settings=settings, weight=self._frozen_head()
+            self.logits,
+            hidden,
+            tokens,
+            rows=self.head_rows,
+            settings=settings,
+            weight=self._head_weight(),
+            entropy=entropy,
         )
 
-    def _frozen_head(self) -> torch.Tensor | None:
-        """The head's weight, if the head is a frozen matrix and nothing else."""
+    def _head_weight(self) -> torch.Tensor | None:
+        """The head's weight, if the head is a matrix and nothing else."""
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
         scaled = any(getattr(config, name, None) is not None for name in _LOGIT_SCALINGS)
-        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not scaled
-        return head.weight if plain else None
+        return head.weight if type(head) is nn.Linear and head.bias is None and not scaled else None
 
     # ---- hidden states
 
@@ -342,36 +457,5 @@ class CausalPolicy:
         layout = NestedPrefixLayout(
             anchors, anchor_mask, length=tokens.shape[1], rollouts=rollouts, horizon=horizon, document_ids=document_ids
         )
-        seen: dict[int, torch.Tensor] = {}
-        handles = [self._tap(layer, seen, last=layer == max(layers)) for layer in set(layers)]
-        try:
-            with self.computing():
-                comb = attention.Score(layout, kernel=self.kernel)
-                self.backbone(layout.pack(tokens, rollout_tokens), layout.positions(), comb)
-        except _DeepEnough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        split = {layer: layout.unpack(seen[layer]) for layer in layers}
-        return {i: teeth for i, (_, teeth) in split.items()}, {i: trunk for i, (trunk, _) in split.items()}
-
-    def _tap(self, layer: int, seen: dict[int, torch.Tensor], *, last: bool):
-        """Record what leaves decoder layer `layer` (what enters the first, for 0); stop the pass there if `last`."""
-
-        def record(state):
-            seen[layer] = state
-            if last:
-                raise _DeepEnough
-
-        if layer == 0:
-            return self._layers()[0].register_forward_pre_hook(
-                lambda module, args, kwargs: record(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        return self._layers()[layer - 1].register_forward_hook(
-            lambda module, args, out: record(out[0] if isinstance(out, tuple) else out)
-        )
-
-
-class _DeepEnough(Exception):
-    """Raised inside a forward pass once the deepest layer asked for has been seen."""
+        states = self._states(layout, tokens, rollout_tokens, layers)
+        return {i: teeth for i, (_, teeth) in states.items()}, {i: trunk for i, (trunk, _) in states.items()}

@@ -54,10 +54,43 @@ CONFIGS = {
 }
 NAMES = tuple(CONFIGS)
 
+# Models that cannot share a prefix: ALiBi outside the attention interface, recurrent states, convolutions, hybrids.
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+UNSHARED = {
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {**SMALL, "alibi": True, "new_decoder_architecture": False, "parallel_attn": False, "multi_query": False},
+    "qwen3_5_text": {**GATED, **LINEAR},
+    "lfm2": {
+        **{k: v for k, v in GATED.items() if k != "head_dim"},
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "falcon_h1": {**GATED, **STATE_SPACE, "mamba_d_ssm": 32},
+    "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+# Their caches lose the state of the prefix in this version of transformers.
+WITHOUT_A_USABLE_CACHE = {
+    "bamba": {**GATED, **STATE_SPACE, "attn_layer_indices": [1], "mamba_d_head": 16},
+    "recurrent_gemma": {
+        **GATED,
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "attention_window_size": 64,
+    },
+}
+
 
 def tiny(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
     """A random model, weights drawn wide enough that attention is far from uniform."""
-    config = AutoConfig.for_model(name.split("-")[0], **{**CONFIGS[name], **changes})
+    known = {**CONFIGS, **UNSHARED, **WITHOUT_A_USABLE_CACHE}
+    config = AutoConfig.for_model(name.split("-")[0], **{**known[name], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
     with torch.no_grad():

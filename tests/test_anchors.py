@@ -156,11 +156,21 @@ def test_single_anchors_at_the_end_of_each_prompt():
 def test_targets_are_the_tokens_that_follow(batch, length, horizon, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 1000, (batch, length), generator=generator)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=generator)
+    answers = (torch.rand(batch, length, generator=generator) < 0.8) if seed % 2 else None
+    documents = torch.randint(0, 2, (batch, length), generator=generator) if seed % 3 else None
     places = torch.randint(1, length + 1, (batch, 3), generator=generator)
     real = torch.rand(batch, 3, generator=generator) < 0.7
-    found, inside = anchors.targets(tokens, places, real, horizon=horizon)
+    found, inside = anchors.targets(
+        tokens, mask, places, real, horizon=horizon, answer_mask=answers, document_ids=documents
+    )
     assert found.shape == inside.shape == (batch, 3, horizon)
     for b in range(batch):
         for k in range(3):
-            wanted = tokens[b, int(places[b, k]) :][:horizon].tolist() if real[b, k] else []
+            wanted = []
+            for place in range(a := int(places[b, k]), min(a + horizon, length)):
+                other = documents is not None and documents[b, place] != documents[b, a - 1]
+                if not real[b, k] or not mask[b, place] or other or (answers is not None and not answers[b, place]):
+                    break
+                wanted.append(int(tokens[b, place]))
             assert found[b, k][inside[b, k]].tolist() == wanted

@@ -98,6 +98,7 @@ def test_the_command_of_these_tests_is_a_good_one(run, tmp_path):
 
 BAD_OPTIONS = {
     "unknown features": ({"features": "sbrt"}, ["unknown features 'sbrt'", "did you mean 'sbert'", "hidden"]),
+    "unknown attention": ({"attention": "fast"}, ["kernel 'fast'", "dense, chunked, flex, rows"]),
     "unknown sampler": ({"sampler": "strid"}, ["unknown sampler 'strid'", "did you mean 'strided'"]),
     "unknown objective": ({"objective": "zzz"}, ["unknown objective 'zzz'", "feature_matching"]),
     "unknown estimator": ({"estimator": "rlo"}, ["unknown estimator 'rlo'", "did you mean 'rloo'"]),
@@ -302,6 +303,24 @@ def test_sample_shows_prefix_text_and_rollouts(sample):
     assert out == sample(rollouts=2, horizon=5, first=4, stride=10, length=32)[1]
 
 
+@pytest.mark.parametrize("sampler", ["snapshot", "independent", "random"])
+def test_sample_by_another_sampler(sample, sampler):
+    options = {"rollouts": 2, "horizon": 5, "first": 4, "stride": 10, "length": 32}
+    strided, other = sample(**options), sample(sampler=sampler, **options)
+    assert other[0] == 0, other[2]
+    assert (other == strided) == (sampler != "random")  # the same anchors, the same keys, the same tokens
+    assert len([line for line in other[1].splitlines() if line.startswith("    = ")]) == 3
+
+
+def test_sample_goes_on_after_the_text(sample):
+    code, out, err = sample(sampler="full", rollouts=3, horizon=60, length=24)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == ["24"]
+    assert not any(line.startswith("    = ") for line in lines)
+    assert sum(len(line) for line in lines[2:]) > 3 * 60
+
+
 def test_sample_reads_the_first_text_of_a_json_lines_file(sample, tmp_path):
     text = "def add(left, right):\n    return left + right\n" * 3
     (tmp_path / "text.txt").write_text(text)
@@ -321,6 +340,8 @@ def test_sample_reads_the_first_text_of_a_json_lines_file(sample, tmp_path):
         ({"rollouts": 0}, "--rollouts 0"),
         ({"stride": 0}, "--stride 0"),
         ({"horizon": 500}, "horizon=500"),
+        ({"sampler": "whole"}, "unknown sampler 'whole'"),
+        ({"sampler": "full", "stride": 3}, "--stride 3 does not apply to sampler full"),
     ],
 )
 def test_sample_refuses_bad_input(sample, changes, message):

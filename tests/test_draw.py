@@ -103,7 +103,7 @@ def test_greedy_takes_the_first_of_equal_tokens():
     logits = torch.tensor([[1.0, 3.0, 3.0], [5.0, 0.0, -1.0]])
     log_probs = sampling_log_probs(logits, temperature=0)
     assert log_probs.tolist() == [[-torch.inf, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf]]
-    assert inverse_cdf(log_probs, torch.tensor([[0.0, LARGEST]] * 2).double()).tolist() == [[1, 1], [0, 0]]
+    assert inverse_cdf(log_probs.exp(), torch.tensor([[0.0, LARGEST]] * 2).double()).tolist() == [[1, 1], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_inverse_cdf_is_that_of_the_running_sum(size):
     uniform = torch.rand(4, 500, generator=generator(4), dtype=torch.float64)
     running = log_probs.exp().cumsum(-1)
     expected = torch.searchsorted(running / running[:, -1:], uniform, right=True)
-    assert torch.equal(inverse_cdf(log_probs, uniform), expected)
+    assert torch.equal(inverse_cdf(log_probs.exp(), uniform), expected)
 
 
 @pytest.mark.parametrize("size", [7, 700])
 def test_draws_have_the_distribution(size):
     log_probs = torch.randn(size, generator=generator(5)).log_softmax(-1)
     draws = 40_000
-    tokens = inverse_cdf(log_probs, torch.rand(draws, generator=generator(6), dtype=torch.float64))
+    tokens = inverse_cdf(log_probs.exp(), torch.rand(draws, generator=generator(6), dtype=torch.float64))
     expected = log_probs.double().exp() * draws
     assert expected.min() > 1
     assert chi_square_is_plausible(torch.bincount(tokens, minlength=size), expected)
@@ -158,7 +158,7 @@ def test_a_token_of_probability_zero_is_never_drawn(size, seed, uniform):
     logits[int(torch.randint(size, (), generator=generator(seed + 2)))] = 0.0
     log_probs = logits.log_softmax(-1)
     numbers = torch.tensor([0.0, 2.0**-53, uniform, 0.5, LARGEST], dtype=torch.float64)
-    assert (log_probs[inverse_cdf(log_probs, numbers)] > -torch.inf).all()
+    assert (log_probs[inverse_cdf(log_probs.exp(), numbers)] > -torch.inf).all()
 
 
 def test_rounding_between_blocks_never_draws_a_token_of_probability_zero():
@@ -166,7 +166,7 @@ def test_rounding_between_blocks_never_draws_a_token_of_probability_zero():
     probabilities = torch.zeros(256, dtype=torch.float64)
     probabilities[0], probabilities[130] = 0.6 * 2.0**-53, 0.9
     log_probs = probabilities.log()
-    assert inverse_cdf(log_probs, torch.tensor([2.0**-53], dtype=torch.float64)).tolist() in ([0], [130])
+    assert inverse_cdf(log_probs.exp(), torch.tensor([2.0**-53], dtype=torch.float64)).tolist() in ([0], [130])
 
 
 # The uniform numbers

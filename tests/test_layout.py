@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebft.attention.flex import flex_masks
 from ebft.errors import UsageError
 from ebft.layout import NestedPrefixLayout
 from ebft.policy import CausalPolicy
-from ebft.samplers import independent
 from tests.models import VOCABULARY, independent_score, plain_logits, tiny
 
 
@@ -62,6 +62,28 @@ def test_visibility_and_positions_by_enumeration(comb, window):
             positions[row, query] = len(text) - 1
     assert torch.equal(layout.dense_mask(window=window), wanted)
     assert torch.equal(layout.positions(), positions)
+
+
+@settings(max_examples=30, deadline=None)
+@given(combs(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([2, 4, 16]))
+def test_the_block_mask_shows_what_the_layout_shows(comb, window, block):
+    """Every cell of every block: whole blocks are all visible, partial ones by the mask's rule, absent ones hidden."""
+    layout, *_ = comb
+    mask = flex_masks(layout, window, block=block)
+    size, wanted = layout.size, layout.dense_mask(window=window)
+    shown = torch.zeros_like(wanted)
+    slots = torch.arange(size)
+    for row in range(layout.batch):
+        for counts, indices, whole in (
+            (mask.kv_num_blocks, mask.kv_indices, False),
+            (mask.full_kv_num_blocks, mask.full_kv_indices, True),
+        ):
+            for q in range(counts.shape[-1]):
+                for k in indices[row, 0, q, : counts[row, 0, q]].tolist():
+                    queries, keys = (slots[i * block : (i + 1) * block] for i in (q, k))
+                    inside = mask.mask_mod(row, 0, queries[:, None], keys[None]) | whole
+                    shown[row, queries[:, None], keys[None]] = inside
+    assert torch.equal(shown, wanted)
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,7 +154,7 @@ def document_starts(anchors):
     return torch.tensor([[start(b, int(a) - 1) for a in row] for b, row in enumerate(anchors)])
 
 
-@pytest.mark.parametrize("kernel", ["dense", "chunked"])
+@pytest.mark.parametrize("kernel", ["dense", "chunked", "rows"])
 def test_score_with_documents_equals_forwards_of_the_single_documents(model, batch, kernel):
     tokens, mask, anchors, anchor_mask = batch
     random = torch.Generator().manual_seed(1)
@@ -175,19 +197,6 @@ def test_sampling_with_documents_records_the_log_probs_of_the_single_documents(m
     ended = (rollout == 2) & rollout_mask
     assert ended.any()
     assert not (ended[..., :-1] & rollout_mask[..., 1:]).any()
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_k": 7, "min_p": 0.02}, {"temperature": 0}])
-def test_the_independent_sampler_draws_the_same_tokens(model, batch, options):
-    policy = CausalPolicy(tiny("llama"))
-    shared = {"rollouts": 2, "horizon": 3, "seed": 9, "eos": 2, "document_ids": DOCUMENTS, **options}
-    shared["sequence_ids"] = torch.tensor([77, 5])
-    ours = policy.sample(*batch, **shared)
-    with torch.no_grad():
-        theirs = independent.sample(lambda context: plain_logits(model, context)[-1], *batch, **shared)
-    assert torch.equal(ours[2], theirs[2])
-    assert torch.equal(ours[0][ours[2]], theirs[0][ours[2]])
-    torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=0)
 
 
 def test_a_rollout_does_not_depend_on_its_company(batch):

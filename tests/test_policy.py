@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from ebft.draw import sampling_log_probs
 from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
-from tests.models import NAMES, VOCABULARY, independent_score, plain_logits, tiny
+from tests.models import NAMES, UNSHARED, VOCABULARY, independent_score, plain_logits, tiny
 
 # Families whose norms, rotations and softmax keep the weights' precision; the others compute in float32 inside.
 FLOAT64_THROUGHOUT = ("gpt2", "opt")
@@ -36,8 +36,11 @@ def gradients(model, loss):
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "chunked"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(name, kernel) for name in NAMES for kernel in ("dense", "chunked")]
+    + [("llama", "rows"), ("mistral-window", "rows"), *((name, None) for name in UNSHARED)],
+)
 def test_score_equals_independent_forwards(name, kernel):
     model = tiny(name)
     policy = CausalPolicy(copy.deepcopy(model), kernel=kernel, head_rows=5)
@@ -102,17 +105,123 @@ def test_a_frozen_head_has_the_gradient_of_a_trained_one():
         torch.testing.assert_close(frozen, trained, atol=1e-10, rtol=0)
 
 
-def test_layers_that_cannot_share_a_prefix_are_refused_by_name():
-    config = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
-    small = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    hybrid = AutoConfig.for_model(
-        "qwen3_5_text", **small, num_hidden_layers=4, num_key_value_heads=2, head_dim=8, **config
+@pytest.mark.parametrize("name", NAMES)
+def test_flex_scores_like_dense(name):
+    tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
+    with torch.no_grad():
+        scores = [
+            CausalPolicy(tiny(name), kernel=kernel).score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask)
+            for kernel in ("flex", "dense")
+        ]
+    for flex, dense in zip(*scores, strict=True):
+        torch.testing.assert_close(flex, dense, atol=2e-5, rtol=0)
+
+
+def test_flex_has_no_gradient_without_a_gpu():
+    with pytest.raises(UsageError, match=r"'flex' has no gradient on cpu: use 'chunked'"):
+        CausalPolicy(tiny("llama"), kernel="flex").score(*comb())
+
+
+@pytest.mark.parametrize("shape", [{"count": 1}, {"rollouts": 1}, {"horizon": 1}, {"count": 1, "rollouts": 1}])
+@pytest.mark.parametrize("kernel", ["dense", "chunked", "rows"])
+def test_smallest_shapes(kernel, shape):
+    model = tiny("qwen2")
+    policy = CausalPolicy(copy.deepcopy(model), kernel=kernel)
+    tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb(**shape)
+    log_prob, _ = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask)
+    expected = independent_score(model, tokens, anchors, anchor_mask, rollout, rollout_mask)
+    torch.testing.assert_close(log_prob, expected, atol=2e-5, rtol=0)
+    ours, theirs = gradients(policy.model, log_prob.sum()), gradients(model, expected.sum())
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5 * float(right.abs().max() + 1), rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.7}, {"top_k": 4}, {"min_p": 0.2}, {"temperature": 0.6, "top_k": 9}])
+def test_score_recomputes_what_the_sampler_recorded(options):
+    policy = CausalPolicy(tiny("gemma2"))
+    tokens, mask, anchors, anchor_mask, *_ = comb()
+    drawn, recorded, real = policy.sample(
+        tokens, mask, anchors, anchor_mask, rollouts=3, horizon=4, seed=5, eos=2, **options
     )
-    with pytest.raises(UsageError, match=r"Qwen3_5ForCausalLM.*linear_attention"):
-        CausalPolicy(AutoModelForCausalLM.from_config(hybrid))
-    bloom = AutoConfig.for_model("bloom", vocab_size=29, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(UsageError, match=r"BloomForCausalLM.*not pluggable"):
-        CausalPolicy(AutoModelForCausalLM.from_config(bloom))
+    scored, _ = policy.score(tokens, mask, anchors, anchor_mask, drawn, real, **options)
+    torch.testing.assert_close(scored, recorded, atol=2e-5, rtol=0)
+    plain, _ = policy.score(tokens, mask, anchors, anchor_mask, drawn, real)
+    assert float((plain - recorded).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}])
+def test_entropy_is_that_of_the_distribution_drawn_from(name, options):
+    """The analytic head (llama, gpt2), the one through autograd (gemma2's is capped), and truncation."""
+    model = tiny(name)
+    policy = CausalPolicy(copy.deepcopy(model), head_rows=5)
+    tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
+    *_, entropy = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, entropy=True, **options)
+    expected = torch.zeros(rollout.shape)
+    for b, k, n, g in rollout_mask.nonzero().tolist():
+        context = torch.cat([tokens[b, : anchors[b, k]], rollout[b, k, n, :g]])
+        log_probs = sampling_log_probs(plain_logits(model, context)[-1], **options)
+        log_probs = log_probs[log_probs > -torch.inf]
+        expected[b, k, n, g] = -(log_probs.exp() * log_probs).sum()
+    torch.testing.assert_close(entropy, expected, atol=3e-5, rtol=0)
+    ours, theirs = gradients(policy.model, entropy.sum()), gradients(model, expected.sum())
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, atol=2e-5 * float(right.abs().max() + 1), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_checkpointing_changes_nothing_but_the_work(name):
+    results, forwards = [], []
+    for checkpointing in (False, True):
+        policy = CausalPolicy(tiny(name), checkpointing=checkpointing)
+        calls = []
+        policy._layers()[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        log_prob, trunk = policy.score(*comb())
+        results.append((log_prob, trunk, *gradients(policy.model, log_prob.sum() + trunk.sum())))
+        forwards.append(len(calls))
+        with torch.no_grad():
+            policy.score(*comb())
+        assert len(calls) == forwards[-1] + 1
+    assert forwards == [1, 2]
+    for kept, recomputed in zip(*results, strict=True):
+        assert (kept is None) == (recomputed is None)
+        if kept is not None:
+            torch.testing.assert_close(kept, recomputed, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_that_cannot_share_prefixes_says_so_and_names_the_sampler_that_can():
+    hybrid, bloom = CausalPolicy(tiny("qwen3_5_text")), CausalPolicy(tiny("bloom"))
+    assert hybrid.kernel == bloom.kernel == "rows"
+    with pytest.raises(UsageError, match=r"Qwen3_5ForCausalLM.*linear_attention.*'snapshot' sampler"):
+        hybrid.sample(*comb()[:4], rollouts=1, horizon=2, seed=0)
+    with pytest.raises(UsageError, match=r"BloomForCausalLM.*not pluggable.*'snapshot' sampler"):
+        bloom.sample(*comb()[:4], rollouts=1, horizon=2, seed=0)
+    with pytest.raises(UsageError, match=r"kernel 'chunked': BloomForCausalLM cannot share.*'rows'"):
+        CausalPolicy(tiny("bloom"), kernel="chunked")
+    with pytest.raises(UsageError, match=r"kernel 'fast': expected one of dense, chunked, flex, rows"):
+        CausalPolicy(tiny("llama"), kernel="fast")
+
+
+def test_a_head_that_does_something_unknown_is_refused():
+    model = tiny("llama")
+    head = model.get_output_embeddings()
+    model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    model.get_output_embeddings = lambda: head
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM: its logits differ from those of its head"):
+        CausalPolicy(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_text_longer_than_the_table_of_positions_is_refused(name):
+    small = {"n_positions": 15} if name == "gpt2" else {"max_position_embeddings": 15}
+    policy = CausalPolicy(tiny(name, **small))
+    tokens, mask, _, yes, *_ = comb(count=1)
+    far, shape = torch.full((2, 1), 12), {"rollouts": 1, "seed": 0}
+    assert policy.sample(tokens, mask, far, yes, horizon=3, **shape)[2].all()
+    with pytest.raises(UsageError, match=r"knows 15 positions, the text with its rollouts has 16"):
+        policy.sample(tokens, mask, far, yes, horizon=4, **shape)
+    with pytest.raises(UsageError, match=r"knows 15 positions"):
+        policy.score(tokens, mask, far, yes, torch.ones(2, 1, 1, 5).long(), torch.ones(2, 1, 1, 5).bool())
 
 
 def test_a_plain_forward_of_a_driven_model_is_an_error_and_plain_gives_it_back():

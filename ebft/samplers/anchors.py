@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ebft.errors import UsageError
+from ebft.layout import document_starts
 
 
 def strided(
@@ -81,13 +82,29 @@ def single(prompt_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def targets(
-    tokens: torch.Tensor, anchors: torch.Tensor, anchor_mask: torch.Tensor, *, horizon: int
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    anchors: torch.Tensor,
+    anchor_mask: torch.Tensor,
+    *,
+    horizon: int,
+    answer_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens[a : a+G] of every anchor: [B,K,G] int64, and their mask [B,K,G] bool (False at masked anchors)."""
+    """tokens[a : a+G] of every anchor: [B,K,G] int64, and their mask [B,K,G] bool.
+
+    A target ends with its row, its document or, with an answer mask, its answer; at masked anchors it is empty.
+    """
     index = torch.where(anchor_mask, anchors, 0)[..., None] + torch.arange(horizon, device=tokens.device)
     inside = anchor_mask[..., None] & (index < tokens.shape[1])
     rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None, None]
-    return tokens[rows, index.clamp(max=tokens.shape[1] - 1)], inside
+    index = index.clamp(max=tokens.shape[1] - 1)
+    usable = mask if answer_mask is None else mask & answer_mask
+    inside &= usable[rows, index].cummin(-1).values
+    if document_ids is not None:
+        starts = document_starts(tokens, document_ids)
+        inside &= starts[rows, index] == starts.gather(1, (anchors - 1).clamp(0, tokens.shape[1] - 1))[..., None]
+    return tokens[rows, index], inside
 
 
 def _candidates(mask, first, horizon, answer_mask, document_ids):
@@ -97,14 +114,11 @@ def _candidates(mask, first, horizon, answer_mask, document_ids):
             raise UsageError(f"{name}={value}: expected a whole number >= 1")
     batch, length = mask.shape
     place = torch.arange(length, device=mask.device).expand(batch, -1)
-    if document_ids is None:
-        document_ids = torch.zeros_like(place)
-    opens = torch.ones_like(mask)
-    opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    context = place - torch.where(opens, place, 0).cummax(1).values
+    start = document_starts(place, document_ids)
+    context = place - start
     usable = mask if answer_mask is None else mask & answer_mask
     # a run of usable target tokens of one document: its length up to and including each place
-    breaks = torch.where(~usable, place + 1, torch.where(opens, place, 0)).cummax(1).values
+    breaks = torch.where(usable, start, place + 1).cummax(1).values
     run = place + 1 - breaks
     fits = torch.zeros_like(mask)
     if horizon <= length:

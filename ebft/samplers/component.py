@@ -38,7 +38,7 @@ def sampler(
         given = dict(zip(names, optional, strict=True))
         drawing = {"seed": seed, "sequence_ids": sequence_ids} if place_draws else {}
         anchors, anchor_mask = place(mask, **drawing, **given)
-        target_tokens, target_mask = targets(tokens, anchors, anchor_mask, horizon=horizon)
+        target_tokens, target_mask = targets(tokens, mask, anchors, anchor_mask, horizon=horizon, **given)
         rollouts = engine(
             tokens,
             mask,
