@@ -144,9 +144,7 @@ def test_the_reference_is_the_start_and_with_adapters_no_second_copy():
         policy = CausalPolicy(add_adapters(model, rank=2, seed=0, autocast=False) if lora else model)
         before, _ = policy.score(*inputs)
         reference = policy.reference()
-        shared = {p.data_ptr() for p in policy.model.parameters()} & {
-            p.data_ptr() for p in reference.model.parameters()
-        }
+        owned, frozen = ({p.data_ptr() for p in x.model.parameters()} for x in (policy, reference))
         assert (owned == frozen) == lora
         assert lora or not owned & frozen
         with torch.no_grad():
