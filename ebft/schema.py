@@ -47,6 +47,7 @@ REWARD = ("rollout", "reward")
 ADVANTAGE = ("rollout", "advantage")
 POLICY_LOG_PROB = ("policy", "log_prob")
 POLICY_TOKEN_LOG_PROB = ("policy", "token_log_prob")
+POLICY_ENTROPY = ("policy", "entropy")
 REFERENCE_LOG_PROB = ("reference", "log_prob")
 TOTAL_ROLLOUTS = ("total", "rollouts")
 TOTAL_TOKENS = ("total", "tokens")
@@ -87,6 +88,7 @@ FIELDS: dict[NestedKey, Field] = {
     ADVANTAGE: Field("B K N", "float", "a baseline (ebft.objectives.baselines)"),
     POLICY_LOG_PROB: Field("B K N G", "float", "policy scoring (ebft.policy)"),
     POLICY_TOKEN_LOG_PROB: Field("B T-1", "float", "policy scoring (ebft.policy)"),
+    POLICY_ENTROPY: Field("B K N G", "float", "policy scoring (ebft.policy)"),
     REFERENCE_LOG_PROB: Field("B K N G", "float", "reference scoring (ebft.policy)"),
     TOTAL_ROLLOUTS: Field("B", "float", "the loop: rollouts of valid anchors in the whole batch, repeated per row"),
     TOTAL_TOKENS: Field("B", "float", "the loop: unmasked rollout tokens in the whole batch, repeated per row"),

@@ -172,7 +172,7 @@ def test_one_rollout_is_refused_with_the_way_out(estimator: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "gae"}, "estimator='gae'.*rloo, mean, group_norm, none"),
+        ({"estimator": "gae"}, "estimator='gae'.*rloo, rloo_tuned, mean, group_norm, none"),
         ({"diversity": -0.5}, "diversity=-0.5"),
         ({"diversity": float("nan")}, "diversity=nan"),
     ],

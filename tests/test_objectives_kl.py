@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ebft.errors import UsageError
-from ebft.objectives.kl import AdaptiveKL, ConstantKL, exact_kl, kl_estimate
+from ebft.objectives.kl import exact_kl, kl_estimate
+from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL
 from tests.enumeration import TablePolicy
 
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -14,7 +14,7 @@ from ebft.layout import NestedPrefixLayout
 Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 # Teeth per call of attention: more read trunk that not all of them see, fewer make more and smaller products.
-COLUMNS_PER_CALL = 32
+COLUMNS_PER_CALL = 64
 
 # Tokens that the buffers of a tooth hold at first.
 SHORT_TOOTH = 32

@@ -12,7 +12,8 @@ from tensordict import TensorDictBase
 from ebft import schema
 from ebft.data.packing import batches
 from ebft.errors import UsageError
-from ebft.objectives.losses import EBFTLoss, totals
+from ebft.objectives.counts import totals
+from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
 from ebft.policy import CausalPolicy
 

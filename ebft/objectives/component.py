@@ -2,38 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from ebft import schema
-from ebft.objectives.baselines import advantage
-from ebft.objectives.kernels import kernel_score_reward
+from ebft.objectives import shaping
+from ebft.objectives.baselines import rounding, zero_spread
+from ebft.objectives.scores import Scores, Values, check_credit, hold_last, rollout_scores, token_scores
 
-# (rollout [B,K,N,D], target [B,K,D], mask=[B,K]) -> values with the target [B,K,N] and among the rollouts [B,K,N,N]
-Values = Callable[..., tuple[Tensor, Tensor]]
+METRICS = ("alignment", "similarity", "reward_spread", "zero_spread_groups", "zero_advantage_groups")
 
 
-def objective(values: Values, *, estimator: str = "rloo", diversity: float = 1.0) -> TensorDictModule:
-    """A module that reads the features and writes reward and advantage, both [B,K,N], 0 at masked anchors.
+def objective(
+    values: Values,
+    *,
+    estimator: str = "rloo",
+    diversity: float = 1.0,
+    credit: str | None = None,
+    drop_zero_spread: bool = False,
+    normalize_advantage: bool = False,
+    clip_advantage: float | None = None,
+) -> TensorDictModule:
+    """A module that reads the features and writes reward and advantage, 0 at masked anchors, and metrics.
+
+    Features per rollout, [B,K,N,D], give reward and advantage [B,K,N]. With `credit` they are per token, [B,K,N,G,D]
+    with targets [B,K,G,D], and reward and advantage are [B,K,N,G]; see ``scores``.
+
+    The metrics are [B,K], one value per anchor: ``alignment`` and ``similarity``, the two parts of the mean reward
+    (before the factor `diversity`); ``reward_spread``, the standard deviation of the rewards of its rollouts (of their
+    sums over the positions, with `credit`); and whether these do not differ (``zero_spread_groups``) and its advantages
+    are all 0 (``zero_advantage_groups``), within rounding.
 
     Args:
         values: `kernels.kernel_values` or `moments.moment_values` with their options bound, or a function like them.
         estimator, diversity: of `baselines.advantage`.
+        credit: None, or how tokens are credited: "reward_to_go", "total" or "own" of ``scores``.
+        drop_zero_spread, normalize_advantage, clip_advantage: in this order, ``shaping.keep_groups`` of the groups with
+            a spread of rewards, ``shaping.standardise`` over the batch, and ``shaping.clip``. Each is biased.
     """
+    if credit is not None:
+        check_credit(credit)
+    if clip_advantage is not None:
+        shaping.check_limit(clip_advantage)
 
-    def reward_and_advantage(rollout: Tensor, target: Tensor, anchor_mask: Tensor) -> tuple[Tensor, Tensor]:
-        k_target, k_rollouts = values(rollout, target, mask=anchor_mask)
-        reward = kernel_score_reward(k_target, k_rollouts, diversity=diversity)
-        gain = advantage(k_target, k_rollouts, estimator=estimator, diversity=diversity)
-        real = anchor_mask[..., None]
-        return torch.where(real, reward, 0.0), torch.where(real, gain, 0.0)
+    def reward_and_advantage(rollout: Tensor, target: Tensor, anchor_mask: Tensor, *masks: Tensor):
+        if credit is None:
+            scores = rollout_scores(values, rollout, target, anchor_mask, estimator=estimator, diversity=diversity)
+            real = anchor_mask[..., None].expand_as(scores.reward)
+        else:
+            rollout_mask, target_mask = masks
+            scores = token_scores(
+                values,
+                hold_last(rollout, rollout_mask),
+                hold_last(target, target_mask),
+                anchor_mask,
+                estimator=estimator,
+                diversity=diversity,
+                credit=credit,
+            )
+            real = anchor_mask[..., None, None] & rollout_mask
+        spread, same = _spread(scores)
+        gain = torch.where(real, scores.advantage, 0.0)
+        if drop_zero_spread:
+            gain = shaping.keep_groups(gain, same, anchor_mask)
+            real = real & ~same.view(*same.shape, *[1] * (real.ndim - same.ndim))
+        if normalize_advantage:
+            gain = shaping.standardise(gain, real)
+        if clip_advantage is not None:
+            gain = shaping.clip(gain, clip_advantage)
+        idle = gain.abs().flatten(2).amax(-1) <= rounding(gain, scores.scale)
+        metrics = (scores.alignment, scores.similarity, spread, same, idle)
+        whole = anchor_mask.view(*anchor_mask.shape, *[1] * (scores.reward.ndim - 2))
+        return (
+            torch.where(whole, scores.reward, 0.0),
+            gain,
+            *(torch.where(anchor_mask, metric.to(gain.dtype), 0.0) for metric in metrics),
+        )
 
     return TensorDictModule(
         reward_and_advantage,
-        in_keys=[schema.ROLLOUT_FEATURES, schema.TARGET_FEATURES, schema.ANCHOR_MASK],
-        out_keys=[schema.REWARD, schema.ADVANTAGE],
+        in_keys=[
+            schema.ROLLOUT_FEATURES,
+            schema.TARGET_FEATURES,
+            schema.ANCHOR_MASK,
+            *([] if credit is None else [schema.ROLLOUT_MASK, schema.TARGET_MASK]),
+        ],
+        out_keys=[schema.REWARD, schema.ADVANTAGE, *map(schema.metric, METRICS)],
         strict=True,
     )
+
+
+def _spread(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Standard deviation [B,K] of the rollouts' rewards, and whether it is 0 within rounding [B,K]."""
+    reward = scores.reward if scores.reward.ndim == 3 else scores.reward.sum(-1)
+    if reward.shape[-1] < 2:
+        return torch.zeros_like(reward[..., 0]), torch.ones_like(reward[..., 0], dtype=torch.bool)
+    return reward.std(-1), zero_spread(reward, scale=scores.scale)

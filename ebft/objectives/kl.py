@@ -1,15 +1,12 @@
-"""Kullback-Leibler divergence from the policy to a frozen reference: estimators, exact values, coefficients."""
+"""Kullback-Leibler divergence from the policy to a frozen reference: estimators and exact values."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ebft.errors import UsageError
+from ebft.objectives.scores import to_go
 
 
 def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, estimator: str = "k2") -> Tensor:
@@ -17,15 +14,17 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, estimator: str 
 
     With the log-ratio l = log_prob - reference_log_prob (names after J. Schulman, "Approximating KL divergence", 2020):
 
-    ====== ================ ===================== ===========================================
-    name   formula          expected value        expected gradient, used as a loss
-    ====== ================ ===================== ===========================================
-    k1     l                KL(policy‖reference)  none: zero, do not minimise it
-    k2     l² / 2           biased                that of KL(policy ‖ reference)
-    k3     exp(-l) - 1 + l  KL(policy‖reference)  that of KL(reference ‖ policy)
-    ====== ================ ===================== ===========================================
+    ====== ================ ===================== ============================== =====================================
+    name   formula          expected value        expected gradient as a loss    expected gradient in the reward
+    ====== ================ ===================== ============================== =====================================
+    k1     l                KL(policy‖reference)  none: zero, do not minimise it that of KL(policy ‖ reference)
+    k2     l² / 2           biased                that of KL(policy ‖ reference) biased: of E[l²/2] less that of the KL
+    k3     exp(-l) - 1 + l  KL(policy‖reference)  that of KL(reference ‖ policy) of KL(policy‖reference) less that of
+                                                                                 KL(reference‖policy)
+    ====== ================ ===================== ============================== =====================================
 
-    So k2 is for losses, k3 (never negative) for logs, and k3 as a loss pulls towards covering the reference.
+    So k2 is for losses, k1 for rewards (:func:`kl_penalty`) and k3 (never negative) for logs; k3 as a loss pulls
+    towards covering the reference.
 
     What the draw is decides which distributions are meant. Log-probs of single tokens give the divergence between the
     next-token distributions in the contexts that were visited; its gradient does not see that another policy visits
@@ -59,6 +58,47 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, estimator: str 
     raise UsageError(f"kl estimator {estimator!r} is not known; expected 'k1', 'k2' or 'k3'")
 
 
+def kl_penalty(
+    log_prob: Tensor, reference_log_prob: Tensor, mask: Tensor, *, estimator: str = "k1", scope: str = "token"
+) -> Tensor:
+    """The divergence as part of the reward: what to subtract, times its weight, from the advantage of every token.
+
+    With ``scope="token"`` a token is charged the estimates from its own position on (it cannot change those before),
+    with "rollout" the estimate of the whole rollout, of its summed log-probs. In both, the mean over the other rollouts
+    of the anchor at the same position is taken off, which depends on none of this rollout's tokens. With "k1" the
+    policy gradient is that of the divergence between rollouts, exactly in expectation, in both scopes; with the other
+    estimators it is what the table of :func:`kl_estimate` says.
+
+    Args:
+        log_prob: [...,N,G] of the policy; reference_log_prob: [...,N,G]. Neither gets a gradient.
+        mask: [...,N,G] bool; what masked entries hold does not matter.
+        estimator: "k1", "k2" or "k3"; scope: "token" or "rollout".
+
+    Returns:
+        Penalty [...,N,G], 0 where masked.
+
+    Raises:
+        UsageError: unknown estimator or scope, or shapes that disagree.
+    """
+    if scope not in ("token", "rollout"):
+        raise UsageError(f"scope={scope!r} is not known; expected 'token' or 'rollout'")
+    if mask.shape != log_prob.shape or reference_log_prob.shape != log_prob.shape:
+        raise UsageError(
+            f"mask has shape {list(mask.shape)} and reference_log_prob {list(reference_log_prob.shape)},"
+            f" expected those of log_prob {list(log_prob.shape)}"
+        )
+    ours, theirs = (torch.where(mask, x.detach(), 0.0) for x in (log_prob, reference_log_prob))
+    if scope == "token":
+        charge = to_go(kl_estimate(ours, theirs, estimator=estimator))
+    else:
+        whole = kl_estimate(ours.sum(-1, keepdim=True), theirs.sum(-1, keepdim=True), estimator=estimator)
+        charge = whole.expand_as(ours)
+    count = charge.shape[-2]
+    if count > 1:
+        charge = charge - (charge.sum(-2, keepdim=True) - charge) / (count - 1)
+    return torch.where(mask, charge, 0.0)
+
+
 def exact_kl(logits: Tensor, reference_logits: Tensor, *, direction: str = "reverse") -> Tensor:
     """Divergence between two next-token distributions, summed over the vocabulary, with its exact gradient.
 
@@ -85,78 +125,3 @@ def exact_kl(logits: Tensor, reference_logits: Tensor, *, direction: str = "reve
     possible = first > -torch.inf  # a token of probability 0 counts 0, whatever the second distribution says
     difference = torch.where(possible, first, 0.0) - torch.where(possible, second, 0.0)
     return (first.exp() * difference).sum(-1)
-
-
-class KLController(Protocol):
-    """Sets the coefficient of the divergence term from one optimiser step to the next."""
-
-    coefficient: float
-
-    def update(self, kl: float) -> float:
-        """Take the measured divergence (in nats, positive when the policy moved away); return the new coefficient."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class ConstantKL:
-    """A coefficient that never changes."""
-
-    coefficient: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.coefficient) and self.coefficient >= 0):
-            raise UsageError(f"coefficient={self.coefficient!r} of the divergence term: expected 0 or more")
-
-    def update(self, kl: float) -> float:
-        return self.coefficient
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"coefficient": self.coefficient}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coefficient = state["coefficient"]
-
-
-@dataclass
-class AdaptiveKL:
-    """A coefficient that rises while the measured divergence is above `target` and falls while it is below.
-
-    coefficient ← coefficient · (1 + rate · clamp(kl/target - 1, -0.2, 0.2)) (Ziegler et al., arXiv 1909.08593,
-    section 2.2, where rate = 0.1).
-
-    Args:
-        coefficient: start, above 0 (it is only ever multiplied).
-        target: wanted divergence in nats, above 0, normalised as the measured one.
-        rate: size of a step, above 0 and below 5 (so that the coefficient stays positive).
-
-    Raises:
-        UsageError: an argument out of range, or (when updated) a divergence that is not finite.
-    """
-
-    coefficient: float
-    target: float
-    rate: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, top in (("coefficient", math.inf), ("target", math.inf), ("rate", 5.0)):
-            value = getattr(self, name)
-            if not 0 < value < top:
-                limit = "" if top == math.inf else f" and below {top:g}"
-                raise UsageError(f"{name}={value!r} of the adaptive divergence term: expected a number above 0{limit}")
-
-    def update(self, kl: float) -> float:
-        if not math.isfinite(kl):
-            raise UsageError(f"kl={kl!r}: the coefficient can only follow a finite divergence; skip this update")
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + self.rate * error
-        return self.coefficient
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"coefficient": self.coefficient}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coefficient = state["coefficient"]

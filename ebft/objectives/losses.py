@@ -1,4 +1,4 @@
-"""The training loss: feature matching by policy gradient, cross-entropy and divergence from a reference."""
+"""The training loss: feature matching by policy gradient, cross-entropy, divergence from a reference, entropy."""
 
 from __future__ import annotations
 
@@ -15,20 +15,31 @@ from torchrl.objectives import LossModule
 
 from ebft import schema
 from ebft.errors import UsageError
-from ebft.objectives.cross_entropy import cross_entropy, prediction_mask
-from ebft.objectives.kl import kl_estimate
+from ebft.objectives.counts import (
+    answers,
+    check_cross_entropy_tokens,
+    count_rollouts,
+    count_tokens,
+    denominator,
+    rollout_mask,
+)
+from ebft.objectives.cross_entropy import cross_entropy
+from ebft.objectives.kl import kl_estimate, kl_penalty
 from ebft.objectives.policy_gradient import reinforce
 
 _OPTIONAL_KEYS = ("answer_mask", "document_ids", "total_rollouts", "total_tokens", "total_trunk_tokens")
 
 
 class EBFTLoss(LossModule):
-    """L = c_pg · policy gradient + c_ce · cross-entropy + c_kl · divergence (arXiv 2603.12248, section 2 and (10)).
+    """L = c_pg · policy gradient + c_ce · cross-entropy + c_kl · divergence - c_h · entropy.
+
+    (arXiv 2603.12248, section 2 and (10); the paper has no entropy term.)
 
     Normalisation. ``"sequence"`` sums the terms of a rollout over its tokens and averages over the rollouts of valid
     anchors: the estimator of the paper, (91), whose expected gradient is that of the conditional feature-matching loss.
     ``"token"`` averages over the unmasked rollout tokens, as the paper's released code does; with full horizons that
-    is 1/G of the former. The divergence is normalised like the policy gradient. Cross-entropy is always the average
+    is 1/G of the former, and in general the former times (rollouts / their unmasked tokens). The divergence and the
+    entropy are normalised like the policy gradient. Cross-entropy is always the average
     over the tokens it counts (``cross_entropy.prediction_mask``). The paper's L_CE, (4), is about a whole completion;
     with ``"sequence"`` its weight γ on completions of G tokens is ``cross_entropy_coefficient = G·γ`` here, and with
     ``"token"`` the coefficient is the γ of the released code.
@@ -48,21 +59,30 @@ class EBFTLoss(LossModule):
         policy_gradient_coefficient: weight of the policy gradient.
         cross_entropy_coefficient: weight of the cross-entropy per token.
         kl_coefficient: weight of the divergence; a controller may assign it between steps.
-        kl_estimator: "k1", "k2" or "k3" of ``kl.kl_estimate``, which says what each descends.
-        kl_scope: "token" for the divergence between next-token distributions in the contexts visited; "rollout" for
-            the one between distributions of rollouts, as in (10) of the paper (exact in expectation with "k2" and
-            ``normalization="sequence"``).
+        kl_in: "loss" for a term of its own; "reward" takes it off the advantage (``kl.kl_penalty``), so that the
+            policy gradient carries it, clipping and c_pg included: c_pg · (feature matching + c_kl · divergence).
+        kl_estimator: "k1", "k2" or "k3" of ``kl.kl_estimate``, which says what each descends in the loss and in the
+            reward. None takes the one whose gradient is that of KL(policy ‖ reference): "k2" in the loss, "k1" in the
+            reward.
+        kl_scope: in the loss, "token" for the divergence between next-token distributions in the contexts visited;
+            "rollout" for the one between distributions of rollouts, as in (10) of the paper (exact in expectation with
+            "k2" and ``normalization="sequence"``). In the reward both are the latter, "token" with less variance.
+        entropy_coefficient: weight of a bonus on the entropy of the next-token distributions that the rollout tokens
+            were drawn from. Its gradient is that of the entropies in the contexts visited, not of where they lead.
+        cross_entropy_tokens: "all"; "answers", those under ``answer_mask``, which must be there; "auto", the answers
+            where the data marks them and all otherwise. A token counts once, however many rollouts there are.
         normalization: "sequence" or "token".
 
     Reads (schema's names; change them with ``set_keys``) ``anchor_mask`` and ``("rollout", "mask")``, and per term:
     ``("policy", "log_prob")`` and ``("rollout", "advantage")`` [B,K,N] or [B,K,N,G], with ``("rollout", "log_prob")``
     where the function takes ``old_log_prob``; ``("policy", "token_log_prob")``, ``mask`` and, where present,
-    ``answer_mask`` and ``document_ids``; ``("reference", "log_prob")``. A term with coefficient 0 reads and returns
-    nothing.
+    ``answer_mask`` and ``document_ids``; ``("reference", "log_prob")``; ``("policy", "entropy")``. A term with
+    coefficient 0 reads and returns nothing.
 
-    Returns a TensorDict without batch size: ``loss_policy_gradient``, ``loss_cross_entropy``, ``loss_kl``, weighted
-    and with gradient, to be summed; ``cross_entropy`` (nats per token) and ``kl`` (k3 estimate, unbiased on-policy
-    whatever the `kl_estimator`, in nats per rollout or per token as normalised), detached and without weights.
+    Returns a TensorDict without batch size: ``loss_policy_gradient``, ``loss_cross_entropy``, ``loss_kl`` (not when the
+    divergence is in the reward), ``loss_entropy``, weighted and with gradient, to be summed; ``cross_entropy`` (nats
+    per token), ``kl`` (k3 estimate, unbiased on-policy whatever the `kl_estimator`) and ``entropy``, both in nats per
+    rollout or per token as normalised; these are detached and without weights.
 
     Raises:
         UsageError: at construction, an option out of range or a function that cannot be called so; when called, a
@@ -77,6 +97,7 @@ class EBFTLoss(LossModule):
         advantage: NestedKey = schema.ADVANTAGE
         policy_log_prob: NestedKey = schema.POLICY_LOG_PROB
         policy_token_log_prob: NestedKey = schema.POLICY_TOKEN_LOG_PROB
+        policy_entropy: NestedKey = schema.POLICY_ENTROPY
         reference_log_prob: NestedKey = schema.REFERENCE_LOG_PROB
         mask: NestedKey = schema.MASK
         answer_mask: NestedKey = schema.ANSWER_MASK
@@ -94,26 +115,42 @@ class EBFTLoss(LossModule):
         policy_gradient_coefficient: float = 1.0,
         cross_entropy_coefficient: float = 0.0,
         kl_coefficient: float = 0.0,
-        kl_estimator: str = "k2",
+        kl_in: str = "loss",
+        kl_estimator: str | None = None,
         kl_scope: str = "token",
+        entropy_coefficient: float = 0.0,
+        cross_entropy_tokens: str = "auto",
         normalization: str = "sequence",
     ) -> None:
         super().__init__()
+        _check_choice("kl_in", kl_in, ("loss", "reward"))
+        if kl_estimator is None:
+            kl_estimator = "k2" if kl_in == "loss" else "k1"
         _check_choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+        check_cross_entropy_tokens(cross_entropy_tokens)
         _check_choice("kl_scope", kl_scope, ("token", "rollout"))
         _check_choice("normalization", normalization, ("sequence", "token"))
         _check_coefficients(
             policy_gradient_coefficient=policy_gradient_coefficient,
             cross_entropy_coefficient=cross_entropy_coefficient,
             kl_coefficient=kl_coefficient,
+            entropy_coefficient=entropy_coefficient,
         )
+        if kl_in == "reward" and not policy_gradient_coefficient:
+            raise UsageError(
+                f"kl_in='reward' with policy_gradient_coefficient={policy_gradient_coefficient!r}: without a policy"
+                " gradient nobody sees the reward; use kl_in='loss'"
+            )
         self.policy_gradient = policy_gradient
         self.needs_old_log_prob = _takes_old_log_prob(policy_gradient)
         self.policy_gradient_coefficient = policy_gradient_coefficient
         self.cross_entropy_coefficient = cross_entropy_coefficient
         self.kl_coefficient = kl_coefficient
+        self.kl_in = kl_in
         self.kl_estimator = kl_estimator
         self.kl_scope = kl_scope
+        self.entropy_coefficient = entropy_coefficient
+        self.cross_entropy_tokens = cross_entropy_tokens
         self.normalization = normalization
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
@@ -130,9 +167,11 @@ class EBFTLoss(LossModule):
             "policy_gradient": self.policy_gradient_coefficient,
             "cross_entropy": self.cross_entropy_coefficient,
             "kl": self.kl_coefficient,
+            "entropy": self.entropy_coefficient,
         }
         used = [name for name, coefficient in terms.items() if coefficient]
-        return [f"loss_{name}" for name in used] + [name for name in used if name != "policy_gradient"]
+        losses = [f"loss_{name}" for name in used if name != "kl" or self.kl_in == "loss"]
+        return losses + [name for name in used if name != "policy_gradient"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         inputs = self._inputs(tensordict)
@@ -141,23 +180,32 @@ class EBFTLoss(LossModule):
             value = self._mean(self._policy_gradient_terms(inputs), inputs)
             out["loss_policy_gradient"] = self.policy_gradient_coefficient * value
         if self.cross_entropy_coefficient:
-            value = _cross_entropy(inputs)
+            value = self._cross_entropy(inputs)
             out["loss_cross_entropy"] = self.cross_entropy_coefficient * value
             out["cross_entropy"] = value.detach()
-        if self.kl_coefficient:
+        if self.kl_coefficient and self.kl_in == "loss":
             out["loss_kl"] = self.kl_coefficient * self._mean(self._kl_terms(inputs, self.kl_estimator), inputs)
+        if self.kl_coefficient:
             with torch.no_grad():
                 out["kl"] = self._mean(self._kl_terms(inputs, "k3", summed=False), inputs)
+        if self.entropy_coefficient:
+            value = self._mean(torch.where(rollout_mask(inputs), inputs[schema.POLICY_ENTROPY], 0.0), inputs)
+            out["loss_entropy"] = -self.entropy_coefficient * value
+            out["entropy"] = value.detach()
         return TensorDict(out, batch_size=[])
 
     def _required(self) -> list[str]:
         names: list[str] = []
+        if self.policy_gradient_coefficient or self.kl_coefficient or self.entropy_coefficient:
+            names += ["anchor_mask", "rollout_mask"]
         if self.policy_gradient_coefficient or self.kl_coefficient:
-            names += ["anchor_mask", "rollout_mask", "policy_log_prob"]
+            names += ["policy_log_prob"]
         if self.policy_gradient_coefficient:
             names += ["advantage"] + ["rollout_log_prob"] * self.needs_old_log_prob
         if self.kl_coefficient:
             names += ["reference_log_prob"]
+        if self.entropy_coefficient:
+            names += ["policy_entropy"]
         if self.cross_entropy_coefficient:
             names += ["mask", "policy_token_log_prob"]
         return names
@@ -181,15 +229,29 @@ class EBFTLoss(LossModule):
         old = {"old_log_prob": inputs[schema.ROLLOUT_LOG_PROB]} if self.needs_old_log_prob else {}
         terms = self.policy_gradient(
             log_prob=inputs[schema.POLICY_LOG_PROB],
-            advantage=inputs[schema.ADVANTAGE],
-            mask=_rollout_mask(inputs),
+            advantage=self._advantage(inputs),
+            mask=rollout_mask(inputs),
             **old,
         )
-        return torch.where(_rollout_mask(inputs), terms, 0.0)
+        return torch.where(rollout_mask(inputs), terms, 0.0)
+
+    def _advantage(self, inputs: TensorDict) -> Tensor:
+        """[B,K,N] or [B,K,N,G]; less the divergence when that is in the reward."""
+        advantage = inputs[schema.ADVANTAGE]
+        if not self.kl_coefficient or self.kl_in == "loss":
+            return advantage
+        penalty = kl_penalty(
+            inputs[schema.POLICY_LOG_PROB],
+            inputs[schema.REFERENCE_LOG_PROB],
+            rollout_mask(inputs),
+            estimator=self.kl_estimator,
+            scope=self.kl_scope,
+        )
+        return (advantage if advantage.ndim == 4 else advantage[..., None]) - self.kl_coefficient * penalty
 
     def _kl_terms(self, inputs: TensorDict, estimator: str, *, summed: bool | None = None) -> Tensor:
         """Terms [B,K,N,G], or [B,K,N] of summed log-probs; zero log-ratios have zero terms in every estimator."""
-        mask = _rollout_mask(inputs)
+        mask = rollout_mask(inputs)
         log_prob = torch.where(mask, inputs[schema.POLICY_LOG_PROB], 0.0)
         reference = torch.where(mask, inputs[schema.REFERENCE_LOG_PROB], 0.0)
         if self.kl_scope == "rollout" if summed is None else summed:
@@ -199,70 +261,20 @@ class EBFTLoss(LossModule):
     def _mean(self, terms: Tensor, inputs: TensorDict) -> Tensor:
         """Sum of the terms of all rollouts over the number of rollouts, or of tokens."""
         if self.normalization == "sequence":
-            return terms.sum() / _denominator(inputs, schema.TOTAL_ROLLOUTS, _count_rollouts).to(terms.dtype)
-        return terms.sum() / _denominator(inputs, schema.TOTAL_TOKENS, _count_tokens).to(terms.dtype)
+            count = denominator(inputs, schema.TOTAL_ROLLOUTS, count_rollouts)
+        else:
+            count = denominator(inputs, schema.TOTAL_TOKENS, count_tokens)
+        return terms.sum() / count.to(terms.dtype)
 
-
-def totals(td: TensorDictBase) -> TensorDict:
-    """Counts over a whole batch, by which the losses of its parts are to be divided.
-
-    Args:
-        td: has ``anchor_mask`` [B,K], ``("rollout", "mask")`` [B,K,N,G], ``mask`` [B,T] and, optionally,
-            ``answer_mask`` and ``document_ids``.
-
-    Returns:
-        A TensorDict of batch size [B] with ``("total", "rollouts")`` (of valid anchors), ``("total", "tokens")``
-        (unmasked ones of those rollouts) and ``("total", "trunk_tokens")`` (under cross-entropy), float32, the same
-        number in every row: ``td.update(totals(td))``, then split.
-
-    Raises:
-        UsageError: a missing key or a wrong shape.
-    """
-    schema.check(td, schema.ANCHOR_MASK, schema.ROLLOUT_MASK, schema.MASK)
-    counts = {
-        schema.TOTAL_ROLLOUTS: _count_rollouts(td),
-        schema.TOTAL_TOKENS: _count_tokens(td),
-        schema.TOTAL_TRUNK_TOKENS: _count_trunk_tokens(td),
-    }
-    rows = td[schema.ANCHOR_MASK].shape[0]
-    result = TensorDict({}, batch_size=[rows])
-    for key, count in counts.items():
-        result.set(key, count.float().expand(rows).clone())
-    return result
-
-
-def _rollout_mask(td: TensorDictBase) -> Tensor:
-    return td[schema.ROLLOUT_MASK] & td[schema.ANCHOR_MASK][..., None, None]
-
-
-def _count_rollouts(td: TensorDictBase) -> Tensor:
-    return td[schema.ANCHOR_MASK].sum() * td[schema.ROLLOUT_MASK].shape[2]
-
-
-def _count_tokens(td: TensorDictBase) -> Tensor:
-    return _rollout_mask(td).sum()
-
-
-def _count_trunk_tokens(td: TensorDictBase) -> Tensor:
-    return prediction_mask(td[schema.MASK], td.get(schema.ANSWER_MASK, None), td.get(schema.DOCUMENT_IDS, None)).sum()
-
-
-def _cross_entropy(inputs: TensorDict) -> Tensor:
-    terms, _ = cross_entropy(
-        inputs[schema.POLICY_TOKEN_LOG_PROB],
-        inputs[schema.MASK],
-        inputs.get(schema.ANSWER_MASK, None),
-        inputs.get(schema.DOCUMENT_IDS, None),
-    )
-    return terms.sum() / _denominator(inputs, schema.TOTAL_TRUNK_TOKENS, _count_trunk_tokens).to(terms.dtype)
-
-
-def _denominator(inputs: TensorDict, key: NestedKey, count: Callable[[TensorDictBase], Tensor]) -> Tensor:
-    """The whole batch's count when the loop wrote counts, else that of the rows at hand; at least 1."""
-    if inputs.get("total", None) is None:
-        return count(inputs).clamp(min=1)
-    schema.check(inputs, key)
-    return inputs[key][0].clamp(min=1)
+    def _cross_entropy(self, inputs: TensorDict) -> Tensor:
+        terms, learnt = cross_entropy(
+            inputs[schema.POLICY_TOKEN_LOG_PROB],
+            inputs[schema.MASK],
+            answers(inputs, self.cross_entropy_tokens),
+            inputs.get(schema.DOCUMENT_IDS, None),
+        )
+        count = denominator(inputs, schema.TOTAL_TRUNK_TOKENS, lambda _: learnt.sum())
+        return terms.sum() / count.to(terms.dtype)
 
 
 def _takes_old_log_prob(policy_gradient: Callable[..., Tensor]) -> bool:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ebft.errors import UsageError
-from ebft.objectives.kernels import check_diversity, check_features, kernel_score_reward, mean_over_others, unit
+from ebft.objectives.kernels import (
+    check_diversity,
+    check_features,
+    check_values,
+    kernel_score_reward,
+    mean_over_others,
+    unit,
+)
 
 
 def feature_matching_reward(
@@ -99,18 +106,72 @@ def conditional_feature_matching_loss(rollout: Tensor, target: Tensor) -> Tensor
     return target.square().sum(-1) - reward.mean(-1)
 
 
+def feature_matching_profile(rollout: Tensor, target: Tensor) -> Tensor:
+    """The loss at every horizon, from the features of the first g tokens (arXiv 2603.12248, appendix A).
+
+    Expect it to rise with the horizon even for a perfect model: its floor, the variance of the features given the
+    context, does (lemma A.1).
+
+    Args:
+        rollout: [...,N,G,D]; target: [...,G,D].
+
+    Returns:
+        :func:`conditional_feature_matching_loss` at each horizon, [...,G].
+
+    Raises:
+        UsageError: shapes that disagree or fewer than 2 rollouts.
+    """
+    return conditional_feature_matching_loss(rollout.movedim(-2, -3), target)
+
+
+def feature_matching_proxy(k_target: Tensor, k_rollouts: Tensor) -> Tensor:
+    """(53) of arXiv 2603.12248 with the sign of a loss, lower is better: -mean_j (AT_j - DT_j/2).
+
+    For whitened or normalised similarities, under which there is no loss to report. With the plain dot product it is
+    the unbiased estimate of L_CFM less ‖φ(y)‖², which no policy changes; with any kernel, of its score less k(y, y).
+
+    Args:
+        k_target: [...,N] and k_rollouts: [...,N,N], as of :func:`moment_values` or ``kernels.kernel_values``, N ≥ 2.
+
+    Returns:
+        Proxy [...].
+
+    Raises:
+        UsageError: shapes that disagree or fewer than 2 rollouts.
+    """
+    check_values(k_target, k_rollouts, diversity=1.0)
+    return (mean_over_others(k_rollouts) - 2 * k_target).mean(-1)
+
+
 def distinct_rollouts(tokens: Tensor, mask: Tensor) -> Tensor:
     """How many different rollouts an anchor has, masked tokens ignored: [...,N,G] and [...,N,G] to [...] int64.
 
     Raises:
         UsageError: shapes that disagree.
     """
+    seen_before = _same(tokens, mask).tril(-1).any(-1)
+    return (~seen_before).sum(-1)
+
+
+def effective_rollouts(tokens: Tensor, mask: Tensor) -> Tensor:
+    """1 / Σ (share of each different rollout)²: [...,N,G] and [...,N,G] to [...], from 1 (all alike) to N.
+
+    The number of equally frequent rollouts that would repeat as often (Hill, "Diversity and evenness", Ecology 1973,
+    order 2).
+
+    Raises:
+        UsageError: shapes that disagree.
+    """
+    same = _same(tokens, mask)
+    return same.shape[-1] ** 2 / same.sum((-2, -1)).float()
+
+
+def _same(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Which rollouts of an anchor are the same: [...,N,G] to [...,N,N]."""
     if tokens.ndim < 2 or tokens.shape != mask.shape:
         raise UsageError(
             f"tokens have shape {list(tokens.shape)} and their mask {list(mask.shape)};"
             " expected [..., rollouts, horizon] for both"
         )
     tokens = torch.where(mask, tokens, -1)  # no token has this id
-    same = (tokens[..., :, None, :] == tokens[..., None, :, :]).all(-1)  # [...,N,N]
-    seen_before = same.tril(-1).any(-1)
-    return (~seen_before).sum(-1)
+    return (tokens[..., :, None, :] == tokens[..., None, :, :]).all(-1)

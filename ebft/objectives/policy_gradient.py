@@ -8,6 +8,8 @@ sampled (``old_log_prob == log_prob``), all of them have the gradient of :func:`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,9 @@ def reinforce(log_prob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
 
 def clipped(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, *, clip: Clip) -> Tensor:
     """-min(ρ A, clamp(ρ, 1-low, 1+high) A) with the token's ratio ρ = p/p_old (PPO, arXiv 1707.06347, (7)).
+
+    With group-normalised advantages this is GRPO's surrogate (arXiv 2402.03300); with ``high`` above ``low`` DAPO's
+    (arXiv 2503.14476).
 
     Args:
         log_prob: [...,N,G]; old_log_prob: [...,N,G]; advantage: [...,N] or [...,N,G]; mask: [...,N,G].
@@ -94,6 +99,42 @@ def cispo(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tenso
     log_ratio, advantage = _log_ratio(log_prob, old_log_prob, advantage, mask)
     weight = log_ratio.detach().exp().clamp(1 - low, 1 + high)
     return -weight * advantage * _one_with_gradient(log_ratio)
+
+
+def truncated_weight(log_prob: Tensor, sampler_log_prob: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """min(p/p_sampler, cap) of every token: the weight that makes up for a sampler that is not quite the policy.
+
+    For a sampler whose log-probs differ from those of scoring (other kernels, other precision) though the weights are
+    the same. Times the advantage it corrects the token's gradient; a token's weight ignores the tokens before it and
+    the cap bounds the variance, so what is corrected is the first order of a small mismatch (truncated importance
+    sampling, Ionides, "Truncated importance sampling", JCGS 2008).
+
+    Args:
+        log_prob: [...,N,G] of the policy that scores, before its first update on these rollouts; no gradient.
+        sampler_log_prob: [...,N,G] as the sampler reported them.
+        mask: [...,N,G] bool; masked entries have weight 1, whatever they hold.
+        cap: at least 1.
+
+    Returns:
+        Weight [...,N,G] in (0, cap].
+
+    Raises:
+        UsageError: shapes that disagree, or a `cap` out of range.
+    """
+    check_cap(cap)
+    if sampler_log_prob.shape != log_prob.shape or mask.shape != log_prob.shape:
+        raise UsageError(
+            f"sampler_log_prob has shape {list(sampler_log_prob.shape)} and mask {list(mask.shape)},"
+            f" expected those of log_prob {list(log_prob.shape)}"
+        )
+    log_ratio = torch.where(mask, log_prob.detach() - sampler_log_prob, 0.0)
+    return log_ratio.exp().clamp(max=cap)
+
+
+def check_cap(cap: float) -> None:
+    """Check the cap of :func:`truncated_weight`."""
+    if not (math.isfinite(cap) and cap >= 1):
+        raise UsageError(f"truncation cap={cap!r}: expected a finite number of at least 1, the weight of no mismatch")
 
 
 def _clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
