@@ -33,6 +33,11 @@ def comb(seed=0, batch=2, length=13, count=3, rollouts=2, horizon=3):
     return tokens, mask, anchors, anchor_mask, rollout, rollout_mask
 
 
+# The gated delta rule works in float32 whatever it is given, and inverts a triangular matrix in every chunk: its
+# gradients lose more digits than the rest, and how many depends on the processor (1.3e-5 of the largest was seen).
+GRADIENT_ROUNDING = {"qwen3_5_text": 4e-5}
+
+
 def gradients(model, loss):
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -61,7 +66,8 @@ def test_score_equals_independent_forwards(name, kernel):
     for ours, theirs in zip(got, wanted, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max() + 1), rtol=0)
+            atol = GRADIENT_ROUNDING.get(name, 1e-5) * float(theirs.abs().max() + 1)
+            torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
