@@ -17,6 +17,7 @@ from rich.console import Console
 from tensordict import TensorDictBase
 
 from ebft import __version__, schema
+from ebft.build_loss import build_controller, build_loss, build_schedules, check_loss_options
 from ebft.components import OPTION_NAMES, choose, resolve_options
 from ebft.data.documents import load_documents, split_documents
 from ebft.data.packing import pack
@@ -27,22 +28,23 @@ from ebft.files import write_json
 from ebft.loops.run import open_folder, run
 from ebft.loops.show import SCALE, rollout_lines
 from ebft.objectives.component import objective
-from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 from ebft.samplers import snapshot
 from ebft.samplers.anchors import single, strided
 from ebft.samplers.component import sampler
 from ebft.samplers.full import prompt_lengths
 
-GROUPS = ("sampler", "features", "objective", "estimator")
+GROUPS = ("sampler", "features", "objective", "estimator", "pg")
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
 # The smallest value of each numeric option; all must be finite.
 _AT_LEAST = {
     **dict.fromkeys(("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram"), 1),
-    **dict.fromkeys(("lora", "ce", "kl", "diversity", "seed", "context_tokens", "temperature", "lr"), 0),
+    **dict.fromkeys(
+        ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
+    ),
     **dict.fromkeys(("length", "held_out"), 2),
-    "save_every": 1,
+    **dict.fromkeys(("save_every", "updates"), 1),
 }
 
 
@@ -97,7 +99,7 @@ def run_from_options(
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(options["steps"]))
-    loss = EBFTLoss(cross_entropy_coefficient=options["ce"], kl_coefficient=options["kl"])
+    loss = build_loss(options, resolved["pg"])
     console.print(
         f"{len(train_rows):,} training and {len(held_rows)} held-out sequences of {options['length']} tokens;"
         f" {sum(p.numel() for p in parameters):,} trained weights on {policy.device}",
@@ -125,10 +127,16 @@ def run_from_options(
         out=out,
         steps=options["steps"],
         batch_size=options["batch"],
-        micro_batch=options["micro_batch"],
         seed=options["seed"],
         scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
         save_every=options["save_every"],
+        controller=build_controller(options),
+        training={
+            "micro_batch": options["micro_batch"],
+            "updates": options["updates"],
+            "truncation": options["truncate_weights"],
+            "schedules": build_schedules(options),
+        },
         console=console,
     )
 
@@ -207,6 +215,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
+    check_loss_options(options)
 
 
 def _check_ranges(options: Mapping[str, Any]) -> None:
@@ -238,6 +247,9 @@ def build_pipeline(
             make["objective"](**resolved["objective"]),
             estimator=options["estimator"],
             diversity=options["diversity"],
+            drop_zero_spread=options["drop_zero_spread"],
+            normalize_advantage=options["normalize_advantage"],
+            clip_advantage=options["clip_advantage"],
         ),
     }
 

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 MODEL, DATA, SAMPLING = "Model", "Text", "Rollouts"
-MATCHING, TRAINING, OUTPUT = "What is matched", "Training", "Output"
+MATCHING, LOSS, TRAINING, OUTPUT = "What is matched", "Loss", "Training", "Output"
 
 
 @app.callback()
@@ -89,18 +89,64 @@ def run(
         str | None, _option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
     ] = None,
     kernel: Annotated[str | None, _option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
+    bandwidth: Annotated[
+        float | None, _option(MATCHING, "kernel_score rbf, laplace: scale of distances (default their median)")
+    ] = None,
+    power: Annotated[float | None, _option(MATCHING, "kernel_score energy: of the distance, in (0, 2)")] = None,
+    degree: Annotated[int | None, _option(MATCHING, "kernel_score polynomial: its degree")] = None,
+    offset: Annotated[float | None, _option(MATCHING, "kernel_score polynomial: added to the product")] = None,
     diversity: Annotated[float, _option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
     estimator: Annotated[str, _option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
+    drop_zero_spread: Annotated[
+        bool, _option(MATCHING, "Leave out anchors whose rollouts all have one reward.", "--drop-zero-spread")
+    ] = False,
+    normalize_advantage: Annotated[
+        bool, _option(MATCHING, "Standardise advantages over the batch.", "--normalize-advantage")
+    ] = False,
+    clip_advantage: Annotated[float | None, _option(MATCHING, "Largest advantage by size (default none)")] = None,
     steps: Annotated[int, _option(TRAINING, "Updates.")] = 16,
     batch: Annotated[int, _option(TRAINING, "B, sequences in an update.")] = 8,
     micro_batch: Annotated[
         int | None, _option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
     ] = None,
     lr: Annotated[float, _option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 1e-3,
+    pg: Annotated[str, _option(LOSS, "Policy gradient.")] = "reinforce",
+    clip: Annotated[
+        str | None,
+        _option(LOSS, "clipped, sequence_clipped, cispo: bounds of the ratio, 0.2 or 0.2,0.28"),
+    ] = None,
+    updates: Annotated[int, _option(LOSS, "Updates of the weights from each batch of rollouts.")] = 1,
+    truncate_weights: Annotated[
+        float | None,
+        _option(LOSS, "Weigh tokens by p of scoring over p of sampling, at most this (default: no weights)"),
+    ] = None,
+    normalization: Annotated[
+        str, _option(LOSS, "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code).")
+    ] = "sequence",
+    pg_weight: Annotated[float, _option(LOSS, "Weight of the policy gradient.")] = 1.0,
+    pg_schedule: Annotated[
+        str | None, _option(LOSS, "Of that weight: constant, linear_decay[:END] or warm_up[:SHARE] (default constant)")
+    ] = None,
     ce: Annotated[
-        float, _option(TRAINING, "Weight of the cross-entropy per token: the paper's γ times the horizon.")
+        float, _option(LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon.")
     ] = 2.0,
-    kl: Annotated[float, _option(TRAINING, "β, weight of the divergence from the start.")] = 0.0,
+    ce_tokens: Annotated[str, _option(LOSS, "Tokens under cross-entropy: all, answers, or auto.")] = "auto",
+    ce_schedule: Annotated[str | None, _option(LOSS, "Schedule of --ce (default constant)")] = None,
+    kl: Annotated[float, _option(LOSS, "β, weight of the divergence from the start.")] = 0.0,
+    kl_mode: Annotated[
+        str | None,
+        _option(LOSS, "Estimator k1, k2 or k3 (default: what descends KL(policy ‖ start): k2, in the reward k1)"),
+    ] = None,
+    kl_in: Annotated[str | None, _option(LOSS, "Divergence in the loss or in the reward (default loss)")] = None,
+    kl_scope: Annotated[
+        str | None, _option(LOSS, "Divergence per token, or of whole rollouts as in the paper's (10) (default token)")
+    ] = None,
+    kl_schedule: Annotated[str | None, _option(LOSS, "Schedule of --kl (default constant)")] = None,
+    kl_target: Annotated[
+        float | None, _option(LOSS, "Let --kl follow this divergence, in nats (default: constant)")
+    ] = None,
+    kl_stop: Annotated[float | None, _option(LOSS, "End training above this divergence, in nats")] = None,
+    entropy: Annotated[float, _option(LOSS, "Weight of a bonus on the policy's entropy.")] = 0.0,
     seed: Annotated[int, _option(TRAINING, "Keys every random number of the run.")] = 0,
     held_out: Annotated[int, _option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     out: Annotated[Path | None, _option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
@@ -161,7 +207,7 @@ def sample(
 
 @app.command()
 def components() -> None:
-    """List every sampler, feature map, objective and estimator, with its options and their defaults."""
+    """List every sampler, feature map, objective, estimator and policy gradient, with options and defaults."""
     from ebft.components import GROUPS
 
     console = Console()
@@ -169,7 +215,10 @@ def components() -> None:
         console.print(f"[bold]--{group}[/bold]")
         for name, entry in known.items():
             console.print(f"  [cyan]{name:<17}[/cyan] {escape(entry.summary)}", highlight=False, soft_wrap=True)
-            flags = "  ".join(f"--{option.replace('_', '-')} {default}" for option, default in entry.options.items())
+            flags = "  ".join(
+                f"--{option.replace('_', '-')} {'(none)' if default is None else default}"
+                for option, default in entry.options.items()
+            )
             if flags:
                 console.print(f"  {'':<17} [dim]{escape(flags)}[/dim]", highlight=False, soft_wrap=True)
 

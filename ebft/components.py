@@ -16,7 +16,7 @@ import torch
 
 from ebft.errors import UsageError
 from ebft.features.contract import FeatureMap
-from ebft.objectives import kernels, moments
+from ebft.objectives import kernels, moments, policy_gradient
 from ebft.objectives.component import Values
 from ebft.policy import CausalPolicy
 from ebft.samplers import anchors, independent, snapshot
@@ -109,10 +109,39 @@ def _feature_matching(*, alignment: str) -> Values:
     return values
 
 
-def _kernel_score(*, kernel: str) -> Values:
+def _kernel_score(*, kernel: str, **options: float | None) -> Values:
     if kernel not in kernels.KERNELS:
         raise UsageError(f"kernel {kernel!r}{nearest(kernel, kernels.KERNELS)}: expected {', '.join(kernels.KERNELS)}")
-    return partial(kernels.kernel_values, kernel=kernel)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    kernels.check_options(kernel, **given)
+    return partial(kernels.kernel_values, kernel=kernel, **given)
+
+
+# ---- policy gradients: options -> terms of the loss
+
+
+def _reinforce() -> Callable[..., torch.Tensor]:
+    return policy_gradient.reinforce
+
+
+def _clipping(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def build(*, clip: str) -> Callable[..., torch.Tensor]:
+        return partial(function, clip=parse_clip(clip))
+
+    return build
+
+
+def parse_clip(text: str) -> policy_gradient.Clip:
+    """`0.2` for both sides of the ratio, or `0.2,0.28` (below, above)."""
+    try:
+        bounds = tuple(map(float, text.split(",")))
+    except ValueError:
+        bounds = ()
+    if len(bounds) not in (1, 2):
+        raise UsageError(f"clip {text!r}: expected one number (0.2), or two for below and above (0.2,0.28)")
+    clip = bounds[0] if len(bounds) == 1 else (bounds[0], bounds[1])
+    policy_gradient.check_clip(clip)
+    return clip
 
 
 _ANCHORS = {"stride": 16, "first": 16}
@@ -141,17 +170,36 @@ OBJECTIVES = {
     ),
     "kernel_score": Component(
         "the same with a kernel: linear, cosine, polynomial, rbf, laplace or energy",
-        {"kernel": "energy"},
+        {"kernel": "energy", "bandwidth": None, "power": None, "degree": None, "offset": None},
         _kernel_score,
     ),
 }
 ESTIMATORS = {
     "rloo": Component("leave-one-out baseline (94) of the paper: unbiased; wants 3 rollouts or more"),
+    "rloo_tuned": Component("rloo with a coefficient that the other anchors determine: unbiased"),
     "mean": Component("mean reward of the others: diversity part too small by (N-2)/(N-1)"),
     "group_norm": Component("z-score over the rollouts of an anchor: biased"),
     "none": Component("no baseline: unbiased, more variance"),
 }
-GROUPS = {"sampler": SAMPLERS, "features": FEATURES, "objective": OBJECTIVES, "estimator": ESTIMATORS}
+POLICY_GRADIENTS = {
+    "reinforce": Component("the paper's (91): on-policy, one update per batch of rollouts", {}, _reinforce),
+    "clipped": Component(
+        "PPO and GRPO: token ratios within 1 ± CLIP", {"clip": "0.2"}, _clipping(policy_gradient.clipped)
+    ),
+    "sequence_clipped": Component(
+        "GSPO: one ratio per rollout within 1 ± CLIP", {"clip": "0.01"}, _clipping(policy_gradient.sequence_clipped)
+    ),
+    "cispo": Component(
+        "CISPO: clipped ratios as weights, which stop no token", {"clip": "1,0.28"}, _clipping(policy_gradient.cispo)
+    ),
+}
+GROUPS = {
+    "sampler": SAMPLERS,
+    "features": FEATURES,
+    "objective": OBJECTIVES,
+    "estimator": ESTIMATORS,
+    "pg": POLICY_GRADIENTS,
+}
 OPTION_NAMES = tuple(
     dict.fromkeys(option for group in GROUPS.values() for entry in group.values() for option in entry.options)
 )

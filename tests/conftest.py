@@ -64,3 +64,11 @@ def tiny_text(tmp_path_factory):
         ]
         (folder / f"module_{number}.py").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def options(tiny_folder, tiny_text):
+    """The command line's options for a tiny run."""
+    from tests.runs import tiny_options
+
+    return tiny_options(tiny_folder, tiny_text)

@@ -372,7 +372,8 @@ def test_components_lists_each_with_its_options():
         for name, entry in known.items():
             assert name in result.stdout
             for option, default in entry.options.items():
-                assert f"--{option.replace('_', '-')} {default}" in result.stdout
+                shown = "(none)" if default is None else default
+                assert f"--{option.replace('_', '-')} {shown}" in result.stdout
 
 
 # Exit codes

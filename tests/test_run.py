@@ -1,8 +1,5 @@
 """Whole runs on a tiny model: what they leave, that they repeat, resume and stop, and what an update does."""
 
-import csv
-import inspect
-import io
 import json
 import math
 import os
@@ -11,14 +8,11 @@ import signal
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ebft import cli, schema
-from ebft.assemble import build_pipeline, run_from_options
-from ebft.components import resolve_options
-from ebft.data import batches, load_documents, pack
+from ebft import schema
+from ebft.data import batches
 from ebft.errors import UsageError
 from ebft.loops import run as run_module
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
@@ -27,34 +21,9 @@ from ebft.loops.train import NonFiniteLoss, at_step, train
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 from tests.models import independent_score, plain_logits
+from tests.runs import go, metrics, parts
 
-GROUPS = ("sampler", "features", "objective", "estimator")
 FILES = {"config.json", "metrics.csv", "samples.md", "samples.json", "evaluation.json", "report.html", "report.png"}
-
-
-@pytest.fixture(scope="module")
-def options(tiny_folder, tiny_text):
-    """The command line's options with their defaults, but for a tiny run."""
-    parameters = inspect.signature(cli.run).parameters
-    defaults = {name: p.default for name, p in parameters.items() if name not in ("context", "out", "resume")}
-    return defaults | {
-        "policy": str(tiny_folder), "data": str(tiny_text), "device": "cpu", "dtype": "float32", "lora": 0,
-        "length": 32, "stride": 9, "first": 5, "horizon": 4, "rollouts": 3, "features": "hidden", "steps": 6,
-        "batch": 3, "micro_batch": 2, "kl": 0.1, "lr": 0.01, "held_out": 6, "save_every": 2,
-    }  # fmt: skip
-
-
-def go(options, out, *, resume=False, explicit=()):
-    console = Console(file=io.StringIO())
-    run_from_options(options, explicit=set(explicit), out=out, resume=resume, console=console)
-    return console.file.getvalue()
-
-
-def metrics(out):
-    """The rows of metrics.csv without the columns that measure time."""
-    with open(out / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_second"} for row in rows]
 
 
 def measured(out):
@@ -233,17 +202,6 @@ def test_a_lora_run_on_ngrams_leaves_merged_weights(options, tiny_folder, tmp_pa
         expected = plain_logits(model, context)
     torch.testing.assert_close(plain_logits(saved, context), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain_logits(start, context), expected, atol=1e-3)
-
-
-def parts(options, **changes):
-    """Policy, pipeline and rows of a run with these options."""
-    options = {**options, **changes}
-    policy = CausalPolicy.from_pretrained(options["policy"], device="cpu", dtype="float32")
-    chosen = {group: options[group] for group in GROUPS}
-    given = {name: options[name] for name in ("stride", "first")}
-    pipeline = build_pipeline(policy, policy.reference(), options, resolve_options(chosen, given))
-    rows = pack(load_documents(options["data"]), policy.tokenizer, length=options["length"])
-    return policy, pipeline, rows[:8]
 
 
 @pytest.mark.parametrize("sampler", ["strided", "random"])

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,14 @@ from ebft.policy import CausalPolicy
 _MANIFEST = "manifest.json"
 
 
+class Stateful(Protocol):
+    """Anything with a state of its own that changes during a run: a controller, a running moment."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def save(
     folder: Path,
     step: int,
@@ -29,9 +39,12 @@ def save(
     policy: CausalPolicy,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    stateful: Mapping[str, Stateful] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`.
+
+    `stateful` are the other parts with a state, by name.
 
     Raises:
         UsageError: no disk space; the checkpoints that were there are untouched.
@@ -41,7 +54,8 @@ def save(
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable().items()}
         save_file(weights, target / "weights.safetensors")
         with open(target / "optimizer.pt", "wb") as file:  # a file of ours, so that a full disk is told as such
-            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+            states: dict[str, Stateful] = {"optimizer": optimizer, "scheduler": scheduler, **(stateful or {})}
+            torch.save({name: part.state_dict() for name, part in states.items()}, file)
         hashes = {path.name: _sha256(path) for path in sorted(target.iterdir())}
         write_json(target / _MANIFEST, {"step": step, "sha256": hashes})
 
@@ -58,6 +72,7 @@ def restore(
     policy: CausalPolicy,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    stateful: Mapping[str, Stateful] | None = None,
     warn=print,
 ) -> int:
     """Load the newest intact checkpoint of `folder` and return its step; 0, and nothing loaded, when there is none.
@@ -84,8 +99,9 @@ def restore(
             for name, parameter in trainable.items():
                 parameter.copy_(weights[name])
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        parts: dict[str, Stateful] = {"optimizer": optimizer, "scheduler": scheduler, **(stateful or {})}
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         return int(json.loads((path / _MANIFEST).read_text())["step"])
     return 0
 

@@ -25,6 +25,7 @@ from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_dif
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.report import write_report, write_samples
 from ebft.loops.train import NonFiniteLoss, Stage, train
+from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 
@@ -59,17 +60,20 @@ def run(
     batch_size: int,
     seed: int,
     scoring: Mapping[str, Any],
-    micro_batch: int | None = None,
     eval_batch: int = 8,
     save_every: int = 20,
-    max_grad_norm: float = 1.0,
+    controller: KLController | None = None,
+    stateful: Mapping[str, checkpoint.Stateful] | None = None,
+    training: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with the run whose checkpoints lie in `out`.
 
     Args:
-        policy, pipeline, loss, optimizer, scheduler, scoring, micro_batch, max_grad_norm: as in
-            `ebft.loops.train.train`; the pipeline serves held-out measurement too.
+        policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`; the pipeline
+            serves held-out measurement too.
+        training: further arguments of `ebft.loops.train.train`: micro_batch, max_grad_norm, updates, ...
+        stateful: parts of the pipeline with a state that belongs into checkpoints, by name.
         data, held_out: rows of batch size [M], see `ebft.data.packing.pack`.
         reference: the frozen start of the policy.
         out: the run's folder, see `open_folder`.
@@ -84,10 +88,10 @@ def run(
         Interrupted: Ctrl-C; the last finished step is saved, `--resume` goes on.
     """
     display = Display(console or Console())
-    start = checkpoint.restore(
-        out / "checkpoints", policy=policy, optimizer=optimizer, scheduler=scheduler, warn=display.console.print
-    )
-    save = partial(checkpoint.save, out / "checkpoints", policy=policy, optimizer=optimizer, scheduler=scheduler)
+    states = {**(stateful or {}), **({} if controller is None else {"controller": controller})}
+    saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "stateful": states}
+    start = checkpoint.restore(out / "checkpoints", **saved, warn=display.console.print)
+    save = partial(checkpoint.save, out / "checkpoints")
     measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
     with stop_requests() as stop:
         before = _load_held(out)
@@ -100,7 +104,7 @@ def run(
             _save_held(out, before)
 
         rows = _read_metrics(out, start)
-        training = train(
+        records = train(
             policy,
             pipeline,
             loss,
@@ -111,19 +115,22 @@ def run(
             batch_size=batch_size,
             seed=seed,
             start=start,
-            micro_batch=micro_batch,
             reference=reference,
-            max_grad_norm=max_grad_norm,
             scoring=scoring,
+            controller=controller,
+            **(training or {}),
         )
         step = start
         try:
-            for record in display.track(training, label="training", total=steps, done=start, describe=watch_line):
+            for record in display.track(records, label="training", total=steps, done=start, describe=watch_line):
                 rows.append(record)
                 _write_metrics(out, rows)
                 step = int(record["step"])
-                if step % save_every == 0 or step == steps or stop():
-                    save(step)
+                ended = controller is not None and controller.stopped
+                if step % save_every == 0 or step == steps or stop() or ended:
+                    save(step, **saved)
+                if ended:
+                    display.console.print(f"training ends after step {step}: divergence {record['kl']:.4g} (--kl-stop)")
                 if stop() and step < steps:
                     write_report(out)
                     raise Interrupted(
@@ -131,7 +138,7 @@ def run(
                     )
         except NonFiniteLoss:
             if step:
-                save(step)  # the weights are still those of the last good step
+                save(step, **saved)  # the weights are still those of the last good step
             raise
 
         after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)

@@ -12,9 +12,12 @@ from tensordict import TensorDictBase
 from ebft import schema
 from ebft.data.packing import batches
 from ebft.errors import UsageError
-from ebft.objectives.counts import totals
+from ebft.objectives.counts import rollout_mask, totals
+from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
+from ebft.objectives.policy_gradient import truncated_weight
+from ebft.objectives.schedules import Schedule
 from ebft.policy import CausalPolicy
 
 Stage = Callable[[TensorDictBase], TensorDictBase]
@@ -40,11 +43,15 @@ def train(
     reference: CausalPolicy | None = None,
     max_grad_norm: float = 1.0,
     scoring: Mapping[str, float] | None = None,
+    updates: int = 1,
+    truncation: float | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
+    controller: KLController | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Train for `steps` steps, yielding the metrics of each one after its update.
+    """Train for `steps` steps, yielding the metrics of each one after its last update.
 
-    Every random number is keyed by (seed, step), so a run that starts at `start` with restored weights and optimizer
-    goes on as if it had never stopped.
+    Every random number is keyed by (seed, step), so a run that starts at `start` with restored weights, optimizer and
+    controller goes on as if it had never stopped.
 
     Args:
         policy: trained in place.
@@ -56,10 +63,17 @@ def train(
         reference: frozen start, scored when the loss has a divergence term.
         max_grad_norm: gradients are clipped to this norm, 0 for no clipping.
         scoring: temperature, top_p, ... of the sampler, so that the log-probs are those of what was sampled from.
+        updates: of the weights from one batch of rollouts; more than one wants a loss with ratios to old log-probs.
+        truncation: cap of `policy_gradient.truncated_weight`, which makes up for a sampler whose log-probs are not
+            those of scoring; None leaves the difference to the policy gradient.
+        schedules: attribute of the loss (`cross_entropy_coefficient`, ...) -> its value as a function of the step.
+        controller: sets the weight of the divergence from what was measured, and may end the training.
 
     Yields:
-        step (1-based), loss and its terms, reward, feature_matching_loss, distinct_rollouts (share), gradient_norm,
-        learning_rate, tokens_per_second (rollout and sequence tokens over the step's time), time_* in seconds.
+        step (1-based), loss and its terms (at the first update of a batch), reward, feature_matching_loss,
+        distinct_rollouts (share), the metrics of the stages, sampler_mismatch (mean difference in nats between the
+        log-probs of sampling and of scoring), gradient_norm, learning_rate, tokens_per_second (rollout and sequence
+        tokens over the step's time), time_* in seconds.
 
     Raises:
         NonFiniteLoss: names the step and the term, before the weights are touched.
@@ -67,42 +81,80 @@ def train(
     parameters = list(policy.trainable().values())
     order = batches(data, batch_size=batch_size, seed=seed, start=start)
     for step in range(start, steps):
+        if controller is not None and controller.stopped:
+            return
         clock = Clock()
         td = at_step(next(order).to(policy.device), seed=seed, step=step)
         for name, stage in pipeline.items():
             with clock(name):
                 td = stage(td)
-        td.update(totals(td))
+        td.update(totals(td, cross_entropy_tokens=loss.cross_entropy_tokens))
+        set_weights(loss, step, schedules=schedules or {}, controller=controller)
 
-        terms: dict[str, float] = {}
-        optimizer.zero_grad(set_to_none=True)
-        for part in td.split(micro_batch or batch_size):
-            with clock("score"):
-                score(policy, part, reference=reference if loss.kl_coefficient else None, scoring=scoring)
-                out = loss(part)
-            for name, value in out.items():
-                terms[name] = terms.get(name, 0.0) + value.item()
-            _refuse_non_finite(terms, step)
+        parts, history, rate = td.split(micro_batch or batch_size), [], optimizer.param_groups[0]["lr"]
+        for update in range(updates):
+            terms: dict[str, float] = {}
+            optimizer.zero_grad(set_to_none=True)
+            for part in parts:
+                with clock("score"):
+                    new = reference if loss.kl_coefficient and not update else None
+                    score(policy, part, reference=new, scoring=scoring, entropy=bool(loss.entropy_coefficient))
+                    if not update:
+                        _add(terms, {"sampler_mismatch": mismatch(part)})
+                    if truncation is not None and not update:
+                        correct_mismatch(part, cap=truncation)
+                    out = loss(part)
+                _add(terms, {name: value.item() for name, value in out.items()})
+                _refuse_non_finite(terms, step)
+                with clock("update"):
+                    sum(value for name, value in out.items() if name.startswith("loss_")).backward()
             with clock("update"):
-                sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-        with clock("update"):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-            _refuse_non_finite({"gradient norm": float(norm)}, step)
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+                _refuse_non_finite({"gradient norm": float(norm)}, step)
+                optimizer.step()
+            history.append({**terms, "gradient_norm": float(norm)})
+        if scheduler is not None:
+            scheduler.step()
+        first = history[0]
+        if controller is not None:
+            controller.update(first["kl"])
 
         yield {
             "step": step + 1,
-            "loss": sum(value for name, value in terms.items() if name.startswith("loss_")),
+            "loss": sum(value for name, value in first.items() if name.startswith("loss_")),
             **summarise(td),
-            **terms,
-            "gradient_norm": float(norm),
+            **first,
+            **({"kl_coefficient": loss.kl_coefficient} if loss.kl_coefficient else {}),
             "learning_rate": rate,
             "tokens_per_second": _tokens(td) / clock.total(),
             **clock.times(),
         }
+
+
+def set_weights(
+    loss: EBFTLoss, step: int, *, schedules: Mapping[str, Schedule], controller: KLController | None
+) -> None:
+    """Give the loss the weights of this step."""
+    for name, value in schedules.items():
+        setattr(loss, name, value(step))
+    if controller is not None:
+        loss.kl_coefficient = controller.coefficient
+
+
+def mismatch(part: TensorDictBase) -> float:
+    """Mean |log p of sampling - log p of scoring| over the batch's tokens: the share of it that these rows hold."""
+    difference = (part[schema.POLICY_LOG_PROB].detach() - part[schema.ROLLOUT_LOG_PROB]).abs()
+    real = rollout_mask(part)
+    return (torch.where(real, difference, 0.0).sum() / part[schema.TOTAL_TOKENS][0].clamp(min=1)).item()
+
+
+def correct_mismatch(part: TensorDictBase, *, cap: float) -> None:
+    """Weigh advantages for what scoring and sampling disagree on; later ratios start from the log-probs of scoring."""
+    log_prob = part[schema.POLICY_LOG_PROB].detach()
+    weight = truncated_weight(log_prob, part[schema.ROLLOUT_LOG_PROB], part[schema.ROLLOUT_MASK], cap=cap)
+    advantage = part[schema.ADVANTAGE]
+    part[schema.ADVANTAGE] = (advantage if advantage.ndim == 4 else advantage[..., None]) * weight
+    part[schema.ROLLOUT_LOG_PROB] = log_prob
 
 
 def at_step(td: TensorDictBase, *, seed: int, step: int) -> TensorDictBase:
@@ -117,12 +169,19 @@ def score(
     *,
     reference: CausalPolicy | None = None,
     scoring: Mapping[str, float] | None = None,
+    entropy: bool = False,
 ) -> None:
-    """Write the policy's log-probs of rollouts and sequences, and the reference's of the rollouts, into `td`."""
+    """Write the policy's log-probs of rollouts and sequences, and the reference's of the rollouts, into `td`.
+
+    With `entropy` also that of the distributions that the rollout tokens were drawn from.
+    """
     inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
     inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
     options = {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
-    td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = policy.score(*inputs, **options)
+    scored = policy.score(*inputs, **options, entropy=entropy)
+    td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = scored[:2]
+    if entropy:
+        td[schema.POLICY_ENTROPY] = scored[2]
     if reference is not None:
         with torch.no_grad():
             td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
@@ -137,7 +196,8 @@ def summarise(td: TensorDictBase) -> dict[str, float]:
     if rollouts > 1:
         matching = conditional_feature_matching_loss(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES])
         summary["feature_matching_loss"] = matching[valid].mean().item()
-    return summary
+    own = td.get("metrics", None)
+    return summary | ({} if own is None else {name: value[valid].mean().item() for name, value in own.items()})
 
 
 class Clock:
@@ -165,6 +225,11 @@ class Clock:
 
 def _tokens(td: TensorDictBase) -> int:
     return int(td[schema.MASK].sum() + td[schema.ROLLOUT_MASK].sum())
+
+
+def _add(terms: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        terms[name] = terms.get(name, 0.0) + value
 
 
 def _refuse_non_finite(terms: Mapping[str, float], step: int) -> None:

@@ -81,7 +81,7 @@ def kernel_values(
     Raises:
         UsageError: unknown kernel, an option the kernel does not have or out of its range, or shapes that disagree.
     """
-    _check_options(kernel, bandwidth=bandwidth, power=power, degree=degree, offset=offset)
+    check_options(kernel, bandwidth=bandwidth, power=power, degree=degree, offset=offset)
     check_features(rollout, target)
     if mask is not None and mask.shape != rollout.shape[:-2]:
         raise UsageError(
@@ -173,7 +173,8 @@ def check_diversity(diversity: float, *, rollouts: int) -> None:
         )
 
 
-def _check_options(kernel: str, **options: float | None) -> None:
+def check_options(kernel: str, **options: float | None) -> None:
+    """Check a kernel's name and options; None stands for an option that was not given."""
     if kernel not in _OPTIONS:
         raise UsageError(f"kernel={kernel!r} is not known; expected one of {', '.join(_OPTIONS)}")
     for name, value in options.items():

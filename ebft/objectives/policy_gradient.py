@@ -171,6 +171,11 @@ def _prepare(log_prob: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor,
     return torch.where(mask, log_prob, 0.0), torch.where(mask, advantage.detach(), 0.0)
 
 
+def check_clip(clip: Clip) -> None:
+    """Check the bounds of a ratio."""
+    _bounds(clip)
+
+
 def _bounds(clip: Clip) -> tuple[float, float]:
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     if not (0 < low <= 1 and high > 0):
