@@ -109,6 +109,44 @@ def test_divergence_per_token_by_enumeration() -> None:
     torch.testing.assert_close(logged, exact.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("scope", ["token", "rollout"])
+def test_divergence_in_the_reward_by_enumeration(scope: str) -> None:
+    """k1 in the reward descends KL(policy rollouts ‖ reference rollouts), over all groups of three rollouts."""
+    policy, reference = TablePolicy(seed=0, vocabulary=2), TablePolicy(seed=1, vocabulary=2)
+    phi, target = features(seed=2, outcomes=4), features(seed=3, outcomes=1)[0]
+    loss = EBFTLoss(kl_coefficient=0.3, kl_in="reward", kl_scope=scope)
+    index, weight = groups(policy, 3)
+    log_prob = policy.log_prob()
+    expected = 0.0
+    for group, probability in zip(index, weight, strict=True):
+        td = TensorDict({}, batch_size=[1])
+        td[schema.ADVANTAGE] = advantage(*moment_values(phi[group], target))[None, None]
+        td[schema.POLICY_LOG_PROB] = log_prob[group][None, None]
+        td[schema.REFERENCE_LOG_PROB] = reference.log_prob()[group][None, None].detach()
+        td[schema.ROLLOUT_MASK] = torch.ones(1, 1, 3, 2, dtype=torch.bool)
+        td[schema.ANCHOR_MASK] = torch.ones(1, 1, dtype=torch.bool)
+        out = loss(td)
+        assert "loss_kl" not in set(out.keys())
+        expected = expected + probability * total(out)
+    prob = policy.prob()
+    divergence = (prob * (policy.log_prob() - reference.log_prob()).sum(-1)).sum()
+    exact = policy.gradient((prob @ phi - target).square().sum() + 0.3 * divergence)
+    torch.testing.assert_close(policy.gradient(expected), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_entropy_bonus_is_the_loop(normalization: str) -> None:
+    td = batch()
+    entropy = torch.rand(B, K, N, G, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
+    td[schema.POLICY_ENTROPY] = entropy
+    out = EBFTLoss(policy_gradient_coefficient=0.0, entropy_coefficient=0.3, normalization=normalization)(td)
+    real = td[schema.ROLLOUT_MASK] & td[schema.ANCHOR_MASK][..., None, None]
+    count = real.sum() if normalization == "token" else td[schema.ANCHOR_MASK].sum() * N
+    torch.testing.assert_close(out["entropy"], entropy[real].sum().detach() / count, **EXACT)
+    (gradient,) = torch.autograd.grad(out["loss_entropy"], entropy)
+    torch.testing.assert_close(gradient, -0.3 * real.double() / count, **EXACT)
+
+
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("kl_scope", ["token", "rollout"])
 def test_value_is_the_loop(normalization: str, kl_scope: str) -> None:
