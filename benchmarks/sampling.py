@@ -10,7 +10,8 @@ time of the comb's matrix products alone. Stages:
     scoring     their log-probs, with backward       memory    scoring against a plain causal pass over as many tokens
     both        one after the other
 
-Writes sampling.json and sampling.md into OUT, after every row.
+Writes sampling.json and sampling.md into OUT, after every row. What OUT holds of other settings, measured with the same
+policy on the same machine, stays there: settings can be measured one by one.
 """
 
 from __future__ import annotations
@@ -85,33 +86,44 @@ def benchmark(
     memory: list[Setting],
     stages: list[str],
     repeats: int,
+    earlier: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure everything asked for; `save` gets the results so far after every row, `say` what is being done."""
+    """Measure everything asked for; `save` gets the results so far after every row, `say` what is being done.
+
+    `earlier` are results, of other settings too, that are kept where the circumstances are the same.
+    """
     policy = choice.load()
     results: dict[str, Any] = {"machine": machine(policy.device), "choice": asdict(choice), "repeats": repeats}
     results["reference_copies"] = COPIES
     results["compute_dtype"] = str(policy.autocast or next(policy.model.parameters()).dtype).removeprefix("torch.")
     results["trained"] = sum(p.numel() for p in policy.trainable().values())
-    results |= {"rows": [], "curve": [], "growth": {}, "memory": []}
+    same = all(earlier.get(name) == value for name, value in results.items())
+    tables: dict[str, Any] = {"rows": [], "curve": [], "growth": {}, "memory": []}
+    results |= {name: earlier[name] for name in tables} if same else tables
     compared = [stage for stage in stages if stage in PARTS]
     for setting in settings if compared else []:
         say(f"{setting}: time of {', '.join(compared)}")
         rows = compare(policy, setting, compared, repeats)
-        results["rows"] += rows
+        again = {(row["setting"], row["stage"]) for row in rows}
+        results["rows"] = [row for row in results["rows"] if (row["setting"], row["stage"]) not in again] + rows
         save(results)
         for row in rows:
             for name in CONTESTANTS:
                 say(f"{setting}: memory of {row['stage']}, {name}")
                 row[f"{name}_peak"] = in_fresh_process(peak, choice, setting, name, row["stage"])
                 save(results)
+    if "curve" in stages:
+        results["curve"] = []
     for setting in curve if "curve" in stages else []:
         say(f"{setting}: curve")
         results["curve"].append(curve_point(policy, setting, repeats))
         if len(results["curve"]) > 1:
             results["growth"] = {part: growth(results["curve"], part) for part in PARTS["both"]}
         save(results)
+    if "memory" in stages:
+        results["memory"] = []
     for setting in memory if "memory" in stages else []:
         say(f"{setting}: memory against a plain pass")
         scored, plain = (in_fresh_process(peak, choice, setting, "ours", stage) for stage in ("scoring", "plain"))
@@ -154,7 +166,13 @@ def main(
             status.update(what)
 
         results = benchmark(
-            Choice(policy, dtype, device, lora), **settings, stages=stages, repeats=repeats, save=save, say=say
+            Choice(policy, dtype, device, lora),
+            **settings,
+            stages=stages,
+            repeats=repeats,
+            earlier=sampling_report.read(out),
+            save=save,
+            say=say,
         )
     console.print(sampling_report.markdown(results), markup=False, soft_wrap=True)
 

@@ -19,6 +19,12 @@ def write(out: Path, results: dict[str, Any]) -> None:
     write_atomically(out / "sampling.md", markdown(results).encode())
 
 
+def read(out: Path) -> dict[str, Any]:
+    """What OUT/sampling.json holds; nothing when there is none."""
+    path = out / "sampling.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Where it was measured, and one table for each kind of result there is."""
     machine, choice = results["machine"], results["choice"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -24,22 +25,26 @@ from ebft.data.packing import pack
 from ebft.draw import check_sampling
 from ebft.errors import UsageError
 from ebft.features.contract import as_module
+from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_json
+from ebft.loops.calibrate import calibrate
 from ebft.loops.run import open_folder, run
 from ebft.loops.show import SCALE, rollout_lines
-from ebft.objectives.component import objective
+from ebft.objectives.component import Values, objective
 from ebft.policy import CausalPolicy
 from ebft.samplers import snapshot
 from ebft.samplers.anchors import single, strided
 from ebft.samplers.component import sampler
 from ebft.samplers.full import prompt_lengths
 
-GROUPS = ("sampler", "features", "objective", "estimator", "pg")
+GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
 # The smallest value of each numeric option; all must be finite.
 _AT_LEAST = {
-    **dict.fromkeys(("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram"), 1),
+    **dict.fromkeys(
+        ("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram", "dimension"), 1
+    ),
     **dict.fromkeys(
         ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
     ),
@@ -70,7 +75,8 @@ def run_from_options(
     chosen = {group: options[group] for group in GROUPS}
     given = {name: options[name] for name in OPTION_NAMES}
     resolved = resolve_options(chosen, given)
-    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options['features']}-{options['sampler']}"
+    name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
+    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if not resume and out.exists():
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
@@ -86,7 +92,8 @@ def run_from_options(
         checkpointing=options["checkpointing"],
     )
     reference = policy.reference()
-    pipeline = build_pipeline(policy, reference, options, resolved)
+    values = build_values(options, resolved)
+    pipeline = build_pipeline(policy, reference, options, resolved, values)
     train_rows, held_rows = (
         _usable(pack(part, policy.tokenizer, length=options["length"]), options, resolved) for part in documents
     )
@@ -115,6 +122,20 @@ def run_from_options(
     if not resume:
         open_folder(out, resume=False)
         write_json(out / "config.json", config)
+    stateful, observers = {}, []
+    if isinstance(values, PopulationWhitening):
+        observe = partial(_observe, values)
+        console.print(f"calibrating the whitening on {values.calibration} batches", highlight=False)
+        calibrate(
+            policy,
+            pipeline,
+            train_rows,
+            observe,
+            count=values.calibration,
+            batch_size=options["batch"],
+            seed=options["seed"],
+        )
+        stateful, observers = {"whitening": values}, [observe] if values.running else []
     run(
         policy,
         pipeline,
@@ -131,11 +152,13 @@ def run_from_options(
         scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
         save_every=options["save_every"],
         controller=build_controller(options),
+        stateful=stateful,
         training={
             "micro_batch": options["micro_batch"],
             "updates": options["updates"],
             "truncation": options["truncate_weights"],
             "schedules": build_schedules(options),
+            "observers": observers,
         },
         console=console,
     )
@@ -216,6 +239,15 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
     check_loss_options(options)
+    per_token = options["pooling"] == "none"
+    if per_token and options["credit"] is None:
+        raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")
+    if options["credit"] is not None and not (per_token and options["features"] == "hidden"):
+        raise UsageError(f"--credit {options['credit']} wants features per token: add --features hidden --pooling none")
+    if per_token and options["whitening"] == "population":
+        raise UsageError("--whitening population does not take features per token (--pooling none) yet; use group")
+    if rollouts == 1 and options["whitening"] in ("group", "sample"):
+        raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
 
 
 def _check_ranges(options: Mapping[str, Any]) -> None:
@@ -225,11 +257,28 @@ def _check_ranges(options: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
 
 
+def build_values(options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> Values:
+    """The kernel's values, of features whitened as asked for."""
+    values = choose("objective", options["objective"]).build(**resolved["objective"])
+    return choose("whitening", options["whitening"]).build(values, **resolved["whitening"])
+
+
+def _observe(whitening: PopulationWhitening, td: TensorDictBase) -> None:
+    whitening.observe(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES], td[schema.ANCHOR_MASK])
+
+
 def build_pipeline(
-    policy: CausalPolicy, reference: CausalPolicy, options: Mapping[str, Any], resolved: Mapping[str, Mapping]
+    policy: CausalPolicy,
+    reference: CausalPolicy,
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    values: Values | None = None,
 ) -> dict[str, Any]:
-    """The stages sample, embed and reward, from the options of a run and the resolved options of its components."""
-    make = {group: choose(group, options[group]).build for group in ("sampler", "features", "objective")}
+    """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
+
+    `values` are those of `build_values`, made here when left out.
+    """
+    make = {group: choose(group, options[group]).build for group in ("sampler", "features")}
     place, engine = make["sampler"](policy, horizon=options["horizon"], **resolved["sampler"])
     feature_map = make["features"](policy, reference, **resolved["features"])
     return {
@@ -244,7 +293,8 @@ def build_pipeline(
         ),
         "embed": as_module(feature_map, documents=True),
         "reward": objective(
-            make["objective"](**resolved["objective"]),
+            values or build_values(options, resolved),
+            credit=options["credit"],
             estimator=options["estimator"],
             diversity=options["diversity"],
             drop_zero_spread=options["drop_zero_spread"],

@@ -69,21 +69,42 @@ def run(
         float, _option(SAMPLING, "Sampling temperature; the gradient is the tempered policy's.")
     ] = 1.0,
     top_p: Annotated[float, _option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
-    features: Annotated[str, _option(MATCHING, "Feature map whose moments are matched.")] = "sbert",
+    features: Annotated[
+        str, _option(MATCHING, "Feature map whose moments are matched; several: join:hidden+0.5*sbert.")
+    ] = "sbert",
     encoder: Annotated[
         str | None, _option(MATCHING, "sbert: sentence encoder, a name, folder or hub id (default minilm-l6)")
     ] = None,
     context_tokens: Annotated[
         int | None, _option(MATCHING, "sbert: tokens of the prefix embedded with the rollout (default 0)")
     ] = None,
+    backbone: Annotated[
+        str | None,
+        _option(MATCHING, "hidden: start (of the policy), random (weights), a name or folder (default start)"),
+    ] = None,
+    unit_norm: Annotated[
+        str | None, _option(MATCHING, "hidden: layer (the paper), joint (its code) or none (default layer)")
+    ] = None,
     layers: Annotated[
         str | None, _option(MATCHING, "hidden: depth fractions, indices, last or mean (default 0.25,0.5,0.75)")
     ] = None,
     pooling: Annotated[
         str | None,
-        _option(MATCHING, "hidden: last, mean, concat_quantiles or concat_all tokens of a rollout (default last)"),
+        _option(MATCHING, "hidden: last, mean, concat_quantiles, concat_all, or none for --credit (default last)"),
     ] = None,
     ngram: Annotated[int | None, _option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
+    dimension: Annotated[int | None, _option(MATCHING, "ngram: buckets of the hash (default 2048)")] = None,
+    whitening: Annotated[str, _option(MATCHING, "Of features, before they are compared.")] = "none",
+    calibration: Annotated[
+        int | None, _option(MATCHING, "population: batches that its moment is taken from (default 2)")
+    ] = None,
+    decay: Annotated[
+        float | None,
+        _option(MATCHING, "population: keep it running, with this weight for the past (default: fixed)"),
+    ] = None,
+    shrinkage: Annotated[float | None, _option(MATCHING, "population: share of the identity (default 0.1)")] = None,
+    centred: Annotated[bool | None, _option(MATCHING, "population: subtract the mean", "--centred")] = None,
+    rank: Annotated[int | None, _option(MATCHING, "population: directions kept (default all)")] = None,
     objective: Annotated[str, _option(MATCHING, "Reward of a rollout, from its features.")] = "feature_matching",
     alignment: Annotated[
         str | None, _option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
@@ -97,6 +118,10 @@ def run(
     offset: Annotated[float | None, _option(MATCHING, "kernel_score polynomial: added to the product")] = None,
     diversity: Annotated[float, _option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
     estimator: Annotated[str, _option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
+    credit: Annotated[
+        str | None,
+        _option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
+    ] = None,
     drop_zero_spread: Annotated[
         bool, _option(MATCHING, "Leave out anchors whose rollouts all have one reward.", "--drop-zero-spread")
     ] = False,

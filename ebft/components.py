@@ -6,6 +6,7 @@ Each entry says in one line what it is and which options it takes with which def
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ebft.errors import UsageError
 from ebft.features.contract import FeatureMap
+from ebft.features.whitening import PopulationWhitening, whiten
 from ebft.objectives import kernels, moments, policy_gradient
 from ebft.objectives.component import Values
 from ebft.policy import CausalPolicy
@@ -72,16 +75,73 @@ def _sbert(policy: CausalPolicy, reference: CausalPolicy, *, encoder: str, conte
     return sbert(encoder, policy.tokenizer, context_tokens=context_tokens, device=str(policy.device), dtype=dtype)
 
 
-def _hidden(policy: CausalPolicy, reference: CausalPolicy, *, layers: str, pooling: str) -> FeatureMap:
+def _hidden(
+    policy: CausalPolicy, reference: CausalPolicy, *, backbone: str, layers: str, unit_norm: str, pooling: str
+) -> FeatureMap:
     from ebft.features.hidden import hidden
 
-    return hidden(reference, layers=parse_layers(layers), pooling=pooling)
+    network = frozen_network(policy, reference, backbone)
+    return hidden(network, layers=parse_layers(layers), normalization=unit_norm, pooling=pooling)
 
 
-def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int) -> FeatureMap:
+def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> CausalPolicy:
+    """The network whose states are features: the policy's `start`, its architecture with `random` weights, or a model.
+
+    Raises:
+        UsageError: a model that cannot be loaded, or whose token ids mean something else than the policy's.
+    """
+    if name == "start":
+        return reference
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.causal_lm.config), attn_implementation="sdpa")
+        weights = next(policy.causal_lm.parameters())
+        model = model.to(weights.device, weights.dtype).eval().requires_grad_(False)
+        return CausalPolicy(model, policy.tokenizer, autocast=policy.autocast)
+    other = CausalPolicy.from_pretrained(name, device=str(policy.device))
+    if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UsageError(
+            f"backbone {name!r} has another tokenizer than the policy, so its token ids mean other text: give a"
+            " model of the policy's family"
+        )
+    other.model.requires_grad_(False)
+    return other
+
+
+def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> FeatureMap:
     from ebft.features.ngram import ngram as make
 
-    return make(ngram, dimension=2048)
+    return make(ngram, dimension=dimension)
+
+
+def _joined(text: str) -> Component:
+    """`hidden+0.5*sbert`: the parts, each of unit norm, side by side, with weights."""
+    parts: dict[str, float] = {}
+    for part in text.split("+"):
+        weight, star, name = part.rpartition("*")
+        choose("features", name)
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError as error:
+            raise UsageError(f"features join:{text}: expected a number before the *, found {weight!r}") from error
+        if name in parts:
+            raise UsageError(f"features join:{text}: {name} is there twice; give each map once")
+        parts[name] = value
+    entries = {name: choose("features", name) for name in parts}
+
+    def build(policy: CausalPolicy, reference: CausalPolicy, **options: Any) -> FeatureMap:
+        from ebft.features.join import join
+
+        maps = [
+            entry.build(policy, reference, **{option: options[option] for option in entry.options})
+            for entry in entries.values()
+        ]
+        return join(maps, list(parts.values()))
+
+    return Component(
+        f"{text} side by side", {o: v for entry in entries.values() for o, v in entry.options.items()}, build
+    )
 
 
 def parse_layers(text: str) -> list[int | float] | str:
@@ -106,6 +166,7 @@ def _feature_matching(*, alignment: str) -> Values:
     def values(rollout, target, *, mask):
         return moments.moment_values(rollout, target, alignment=alignment)
 
+    values.alignment = alignment  # type: ignore[attr-defined]
     return values
 
 
@@ -115,6 +176,30 @@ def _kernel_score(*, kernel: str, **options: float | None) -> Values:
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     kernels.check_options(kernel, **given)
     return partial(kernels.kernel_values, kernel=kernel, **given)
+
+
+# ---- whitenings: (values of a kernel, options) -> values of whitened features
+
+
+def _group_whitening(values: Values) -> Values:
+    def whitened(rollout, target, *, mask):
+        return values(*whiten(rollout, target, mode="group"), mask=mask)
+
+    return whitened
+
+
+def _sample_whitening(values: Values) -> Values:
+    if getattr(values, "alignment", None) != "cosine":
+        raise UsageError(
+            "whitening sample is defined for the cosine with the target only: use --objective feature_matching"
+            " --alignment cosine, or --whitening group"
+        )
+
+    def whitened(rollout, target, *, mask):
+        rollout, targets = whiten(rollout, target, mode="sample")
+        return torch.cosine_similarity(rollout, targets, dim=-1), rollout @ rollout.mT
+
+    return whitened
 
 
 # ---- policy gradients: options -> terms of the loss
@@ -157,10 +242,10 @@ FEATURES = {
     ),
     "hidden": Component(
         "hidden states of the frozen start of the policy (the paper's)",
-        {"layers": "0.25,0.5,0.75", "pooling": "last"},
+        {"backbone": "start", "layers": "0.25,0.5,0.75", "unit_norm": "layer", "pooling": "last"},
         _hidden,
     ),
-    "ngram": Component("hashed counts of token n-grams of the rollout", {"ngram": 2}, _ngram),
+    "ngram": Component("hashed counts of token n-grams of the rollout", {"ngram": 2, "dimension": 2048}, _ngram),
 }
 OBJECTIVES = {
     "feature_matching": Component(
@@ -172,6 +257,18 @@ OBJECTIVES = {
         "the same with a kernel: linear, cosine, polynomial, rbf, laplace or energy",
         {"kernel": "energy", "bandwidth": None, "power": None, "degree": None, "offset": None},
         _kernel_score,
+    ),
+}
+WHITENINGS = {
+    "none": Component("features as they are", {}, lambda values: values),
+    "group": Component(
+        "by the anchor's own rollouts (the paper's (8)): diversity sees duplicates only", {}, _group_whitening
+    ),
+    "sample": Component("the authors' code: by an N x N matrix; with --alignment cosine only", {}, _sample_whitening),
+    "population": Component(
+        "by a second moment of other contexts, which keeps similarities",
+        {"calibration": 2, "decay": None, "shrinkage": 0.1, "centred": False, "rank": None},
+        PopulationWhitening,
     ),
 }
 ESTIMATORS = {
@@ -196,6 +293,7 @@ POLICY_GRADIENTS = {
 GROUPS = {
     "sampler": SAMPLERS,
     "features": FEATURES,
+    "whitening": WHITENINGS,
     "objective": OBJECTIVES,
     "estimator": ESTIMATORS,
     "pg": POLICY_GRADIENTS,
@@ -218,8 +316,11 @@ def choose(group: str, name: str) -> Component:
         UsageError: unknown name; says the nearest and all known ones.
     """
     known = GROUPS[group]
+    if group == "features" and name.startswith("join:"):
+        return _joined(name.removeprefix("join:"))
     if name not in known:
-        raise UsageError(f"unknown {group} {name!r}{nearest(name, known)}: expected one of {', '.join(known)}")
+        more = ", or several of them as join:hidden+0.5*sbert" if group == "features" else ""
+        raise UsageError(f"unknown {group} {name!r}{nearest(name, known)}: expected one of {', '.join(known)}{more}")
     return known[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -226,3 +227,62 @@ class SecondMoment:
 
     def _shrink(self, value: Any, isotropic: float) -> Any:
         return (1 - self.shrinkage) * value + self.shrinkage * isotropic
+
+
+class PopulationWhitening:
+    """Values of a kernel on features whitened by a moment of other contexts, which is calibrated once or kept running.
+
+    Args:
+        values: (rollout [B,K,N,D], target [B,K,D], mask=[B,K]) -> values with the target and among the rollouts.
+        calibration: batches to calibrate with, for whoever drives (`observe` takes them in).
+        decay: None keeps the moment of the calibration; a number in (0, 1] lets `observe` go on with every batch after
+            its rollouts have been scored, with this weight for what was seen before.
+        shrinkage, centred, rank: of :class:`SecondMoment`.
+
+    Raises:
+        UsageError: an option out of its range; when called, nothing was observed yet.
+    """
+
+    def __init__(
+        self,
+        values: Callable[..., tuple[Tensor, Tensor]],
+        *,
+        calibration: int = 2,
+        decay: float | None = None,
+        shrinkage: float = 0.1,
+        centred: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        if calibration < 1:
+            raise UsageError(f"calibration={calibration}: expected 1 batch or more")
+        self.calibration, self.running = calibration, decay is not None
+        self._values = values
+        self._moment: SecondMoment | None = None
+        options: dict[str, Any] = {"shrinkage": shrinkage, "centred": centred, "rank": rank}
+        self._options = {"decay": 1.0 if decay is None else decay, **options}
+        self._make(1 if rank is None else rank + 1)  # refuses options out of range at once
+
+    def __call__(self, rollout: Tensor, target: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self._moment is None:
+            raise UsageError("population whitening has seen no features: calibrate it first, with `observe`")
+        return self._values(*whiten(rollout, target, mode="population", moment=self._moment), mask=mask)
+
+    def observe(self, rollout: Tensor, target: Tensor, mask: Tensor) -> None:
+        """Take in the rollouts [B,K,N,D] and targets [B,K,D] of the contexts where mask [B,K] is True."""
+        both = torch.cat([rollout, target[:, :, None]], 2)[mask]
+        if self._moment is None:
+            self._moment = self._make(rollout.shape[-1])
+        self._moment.update(both)
+
+    def _make(self, dimension: int) -> SecondMoment:
+        return SecondMoment(dimension, **self._options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moment."""
+        return {} if self._moment is None else {"dimension": self._moment.dimension, **self._moment.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._moment = self._make(state["dimension"]) if state else None
+        if self._moment is not None:
+            self._moment.load_state_dict(state)

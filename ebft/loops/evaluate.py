@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.loops.train import Clock, Stage, at_step, score
+from ebft.loops.train import Clock, Stage, at_step, score, whole_features
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
@@ -63,7 +63,7 @@ def evaluate(
 def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     valid = td[schema.ANCHOR_MASK]
     rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
-    matching = conditional_feature_matching_loss(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES])
+    matching = conditional_feature_matching_loss(*whole_features(td))
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]) / rollouts
     predicted = prediction_mask(td[schema.MASK], td.get(schema.ANSWER_MASK, None), td.get(schema.DOCUMENT_IDS, None))
     ours = first[schema.POLICY_LOG_PROB]
@@ -73,7 +73,7 @@ def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Te
         "cross_entropy": _per_sequence(-first[schema.POLICY_TOKEN_LOG_PROB], predicted),
         "kl": _per_sequence(kl_estimate(ours, theirs, estimator="k3"), first[schema.ROLLOUT_MASK]),
         "distinct_rollouts": _per_sequence(distinct, valid),
-        "reward": _per_sequence(td[schema.REWARD].mean(-1), valid),
+        "reward": _per_sequence(td[schema.REWARD].flatten(2).mean(-1), valid),
     }
 
 

@@ -203,7 +203,8 @@ def _samples(td: TensorDictBase, tokenizer) -> list[dict[str, Any]]:
         if schema.DOCUMENT_IDS in set(row.keys()):
             ids = row[schema.DOCUMENT_IDS]
             context &= ids == ids[row[schema.ANCHORS][k] - 1]
-        rollouts = zip(row[schema.ROLLOUT_TOKENS][k], row[schema.ROLLOUT_MASK][k], row[schema.REWARD][k], strict=True)
+        rewards = row[schema.REWARD][k].flatten(1).sum(1) if row[schema.REWARD].ndim == 3 else row[schema.REWARD][k]
+        rollouts = zip(row[schema.ROLLOUT_TOKENS][k], row[schema.ROLLOUT_MASK][k], rewards, strict=True)
         samples.append(
             {
                 "prefix": text(row[schema.TOKENS], context),

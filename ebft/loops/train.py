@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from ebft import schema
 from ebft.data.packing import batches
@@ -18,6 +19,7 @@ from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
 from ebft.objectives.policy_gradient import truncated_weight
 from ebft.objectives.schedules import Schedule
+from ebft.objectives.scores import whole
 from ebft.policy import CausalPolicy
 
 Stage = Callable[[TensorDictBase], TensorDictBase]
@@ -47,6 +49,7 @@ def train(
     truncation: float | None = None,
     schedules: Mapping[str, Schedule] | None = None,
     controller: KLController | None = None,
+    observers: Sequence[Callable[[TensorDictBase], None]] = (),
 ) -> Iterator[dict[str, float]]:
     """Train for `steps` steps, yielding the metrics of each one after its last update.
 
@@ -67,6 +70,7 @@ def train(
         truncation: cap of `policy_gradient.truncated_weight`, which makes up for a sampler whose log-probs are not
             those of scoring; None leaves the difference to the policy gradient.
         schedules: attribute of the loss (`cross_entropy_coefficient`, ...) -> its value as a function of the step.
+        observers: are shown every batch after its rewards were given, as running moments want it.
         controller: sets the weight of the divergence from what was measured, and may end the training.
 
     Yields:
@@ -88,6 +92,8 @@ def train(
         for name, stage in pipeline.items():
             with clock(name):
                 td = stage(td)
+        for observe in observers:
+            observe(td)
         td.update(totals(td, cross_entropy_tokens=loss.cross_entropy_tokens))
         set_weights(loss, step, schedules=schedules or {}, controller=controller)
 
@@ -187,6 +193,14 @@ def score(
             td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
 
 
+def whole_features(td: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Features of whole rollouts [B,K,N,D] and targets [B,K,D]; where there are some per token, the last ones."""
+    rollout, target = td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES]
+    if rollout.ndim == 4:
+        return rollout, target
+    return whole(rollout, td[schema.ROLLOUT_MASK]), whole(target, td[schema.TARGET_MASK])
+
+
 def summarise(td: TensorDictBase) -> dict[str, float]:
     """Means over the valid anchors of a batch of what one watches."""
     valid = td[schema.ANCHOR_MASK]
@@ -194,7 +208,7 @@ def summarise(td: TensorDictBase) -> dict[str, float]:
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].float().mean() / rollouts
     summary = {"reward": td[schema.REWARD][valid].mean().item(), "distinct_rollouts": distinct.item()}
     if rollouts > 1:
-        matching = conditional_feature_matching_loss(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES])
+        matching = conditional_feature_matching_loss(*whole_features(td))
         summary["feature_matching_loss"] = matching[valid].mean().item()
     own = td.get("metrics", None)
     return summary | ({} if own is None else {name: value[valid].mean().item() for name, value in own.items()})

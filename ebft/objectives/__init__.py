@@ -15,6 +15,7 @@ module              what it holds
 ``schedules``       weights of the loss as functions of the step
 ``losses``          ``EBFTLoss``, the sum of all terms, as a torchrl module
 ``counts``          what its terms are divided by
+``energy``          the tilt of the reference that feature matching wants
 ``component``       features to advantages, as a step of a pipeline
 ``verifiers``       texts to rewards (exact match, BLEU, chrF, unit tests, one's own), as a step of a pipeline
 ``combine``         weighted sums of rewards, and a step made of several
@@ -31,6 +32,7 @@ from ebft.objectives.baselines import advantage
 from ebft.objectives.combine import weighted_sum
 from ebft.objectives.counts import totals
 from ebft.objectives.diagnostics import gradient_signal_to_noise
+from ebft.objectives.energy import LinearEnergy, effective_sample_size, fit_tilt, resample, tilt_log_weights
 from ebft.objectives.kernels import kernel_score_reward, kernel_values
 from ebft.objectives.kl import exact_kl, kl_estimate, kl_penalty
 from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL, KLController, StopAbove
@@ -56,6 +58,7 @@ __all__ = [
     "ConstantKL",
     "EBFTLoss",
     "KLController",
+    "LinearEnergy",
     "StopAbove",
     "advantage",
     "bleu",
@@ -65,11 +68,13 @@ __all__ = [
     "conditional_feature_matching_loss",
     "distinct_rollouts",
     "effective_rollouts",
+    "effective_sample_size",
     "exact_kl",
     "exact_match",
     "feature_matching_profile",
     "feature_matching_proxy",
     "feature_matching_reward",
+    "fit_tilt",
     "gradient_signal_to_noise",
     "kernel_score_reward",
     "kernel_values",
@@ -77,9 +82,11 @@ __all__ = [
     "kl_penalty",
     "moment_values",
     "reinforce",
+    "resample",
     "rollout_scores",
     "schedule",
     "sequence_clipped",
+    "tilt_log_weights",
     "token_scores",
     "totals",
     "truncated_weight",

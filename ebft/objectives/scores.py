@@ -59,6 +59,11 @@ def hold_last(features: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(-1)[..., None, None], held, 0.0)
 
 
+def whole(features: Tensor, mask: Tensor) -> Tensor:
+    """Features of whole rollouts, from those of their tokens: [...,G,D], with the mask [...,G], to [...,D]."""
+    return hold_last(features, mask)[..., -1, :]
+
+
 def rollout_scores(
     values: Values, rollout: Tensor, target: Tensor, mask: Tensor, *, estimator: str = "rloo", diversity: float = 1.0
 ) -> Scores:

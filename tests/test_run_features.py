@@ -1,0 +1,143 @@
+"""Feature maps, whitenings and rewards per token in whole runs on a tiny model."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from ebft import schema
+from ebft.assemble import build_values
+from ebft.components import GROUPS, choose, resolve_options
+from ebft.errors import UsageError
+from ebft.features.whitening import PopulationWhitening
+from ebft.loops.train import at_step
+from ebft.objectives.moments import moment_values
+from tests.runs import go, metrics, parts
+
+PER_TOKEN = {"pooling": "none", "credit": "reward_to_go"}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"features": "join:hidden+0.5*ngram"},
+        {"features": "ngram", "dimension": 64, "whitening": "group"},
+        {"whitening": "group", "alignment": "cosine"},
+        {"whitening": "sample", "alignment": "cosine"},
+        {"whitening": "population", "shrinkage": 0.3},
+        {"whitening": "population", "decay": 0.9, "rank": 4, "centred": True, "objective": "kernel_score"},
+        {"backbone": "random", "layers": "mean", "unit_norm": "joint", "pooling": "mean"},
+        PER_TOKEN,
+        PER_TOKEN | {"credit": "total", "pg": "clipped", "updates": 2, "truncate_weights": 2.0},
+        PER_TOKEN | {"credit": "own", "normalize_advantage": True, "drop_zero_spread": True, "whitening": "group"},
+    ],
+    ids=str,
+)
+def test_every_choice_trains(options, tmp_path, chosen):
+    go(options | {"steps": 2, "held_out": 2} | chosen, tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2
+    assert all(math.isfinite(float(row["loss"])) and float(row["gradient_norm"]) > 0 for row in rows)
+    assert all(math.isfinite(float(row["feature_matching_loss"])) for row in rows)
+
+
+def test_a_running_moment_is_checkpointed(options, tmp_path):
+    chosen = options | {"whitening": "population", "decay": 0.5}
+    go(chosen, tmp_path / "whole")
+    rows = metrics(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000006")
+    go(options, tmp_path / "resumed", resume=True)
+    assert metrics(tmp_path / "resumed") == rows
+
+
+def test_a_moment_never_holds_the_rollouts_that_it_whitens(options):
+    whitening = PopulationWhitening(lambda r, t, *, mask: moment_values(r, t), decay=1.0)
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 3, 4, 5, generator=random) for _ in range(3)]
+    goals = [torch.randn(2, 3, 5, generator=random) for _ in range(3)]
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    with pytest.raises(UsageError, match="calibrate"):
+        whitening(batches[0], goals[0], mask=mask)
+    whitening.observe(batches[0], goals[0], mask)
+    seen = torch.cat([batches[0], goals[0][:, :, None]], 2)[mask].flatten(0, 1).double()
+    moment = seen.T @ seen / len(seen)
+    moment = 0.9 * moment + 0.1 * moment.trace() / 5 * torch.eye(5, dtype=torch.float64)
+    wanted = torch.einsum("bknd,de,bkme->bknm", batches[1].double(), torch.linalg.inv(moment), batches[1].double())
+    found = whitening(batches[1], goals[1], mask=mask)[1]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    state = whitening.state_dict()
+    fresh = PopulationWhitening(lambda r, t, *, mask: moment_values(r, t), decay=1.0)
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(fresh(batches[2], goals[2], mask=mask)[1], whitening(batches[2], goals[2], mask=mask)[1])
+
+
+def test_joined_features_are_the_parts_side_by_side(options):
+    _, pipeline, rows = parts(options, features="join:hidden+0.25*ngram")
+    alone = {name: parts(options, features=name)[1]["embed"] for name in ("hidden", "ngram")}
+    td = pipeline["sample"](at_step(rows[:2].clone(), seed=0, step=0))
+    joined = pipeline["embed"](td.clone())[schema.ROLLOUT_FEATURES]
+    hidden, ngram = (
+        torch.nn.functional.normalize(alone[name](td.clone())[schema.ROLLOUT_FEATURES], dim=-1)
+        for name in ("hidden", "ngram")
+    )
+    torch.testing.assert_close(joined, torch.cat([hidden, 0.5 * ngram], -1))
+
+
+def test_random_weights_are_the_same_every_time_and_not_the_policys(options):
+    found = []
+    for backbone in ("random", "random", "start"):
+        state = torch.random.get_rng_state()
+        _, pipeline, rows = parts(options, backbone=backbone)
+        assert torch.equal(state, torch.random.get_rng_state())
+        td = pipeline["sample"](at_step(rows[:2].clone(), seed=0, step=0))
+        found.append(pipeline["embed"](td)[schema.ROLLOUT_FEATURES])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert (found[0] - found[2]).abs().max() > 0.1
+
+
+def test_a_backbone_by_folder_is_the_start_when_it_is_the_same_model(options):
+    features = []
+    for backbone in ("start", options["policy"]):
+        _, pipeline, rows = parts(options, backbone=backbone)
+        td = pipeline["sample"](at_step(rows[:2].clone(), seed=0, step=0))
+        features.append(pipeline["embed"](td)[schema.ROLLOUT_FEATURES])
+    torch.testing.assert_close(features[0], features[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"features": "join:hidden+hiden"}, "did you mean 'hidden'"),
+        ({"features": "join:hidden+hidden"}, "hidden is there twice"),
+        ({"features": "join:much*hidden"}, "expected a number before the *, found 'much'"),
+        ({"features": "join:hidden+-1*ngram"}, "every weight must be finite"),
+        ({"features": "ngram", "layers": "last"}, "--layers last does not apply"),
+        ({"whitening": "pca"}, "unknown whitening 'pca'"),
+        ({"shrinkage": 0.5}, "--shrinkage 0.5 does not apply"),
+        ({"whitening": "population", "shrinkage": 2.0}, "shrinkage=2.0"),
+        ({"whitening": "sample"}, "--alignment cosine"),
+        ({"whitening": "group", "rollouts": 1, "estimator": "none", "diversity": 0.0}, "--rollouts 1"),
+        ({"pooling": "none"}, "say with --credit"),
+        ({"credit": "total"}, "--features hidden --pooling none"),
+        (PER_TOKEN | {"credit": "all"}, "credit='all'"),
+        ({"layers": "9"}, "layer"),
+        ({"pooling": "max"}, "pooling='max'"),
+        ({"unit_norm": "batch"}, "normalization='batch'"),
+        ({"backbone": "no/where"}, "no/where"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_anything_is_written(options, tmp_path, chosen, message):
+    with pytest.raises(UsageError) as caught:
+        go(options | chosen, tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_whitening_can_be_built():
+    for name in GROUPS["whitening"]:
+        resolved = resolve_options({"objective": "feature_matching", "whitening": name}, {"alignment": "cosine"})
+        assert callable(build_values({"objective": "feature_matching", "whitening": name}, resolved))
+    assert choose("features", "join:hidden+2*ngram").options.keys() >= {"layers", "ngram"}
