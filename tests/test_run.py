@@ -54,7 +54,13 @@ def test_the_run_folder_is_complete(finished, options):
     assert all((out / name).stat().st_size > 0 for name in FILES)
     config = json.loads((out / "config.json").read_text())
     assert config["options"] == options
-    assert config["components"]["features"] == {"name": "hidden", "layers": "0.25,0.5,0.75", "pooling": "last", "backbone": "start", "unit_norm": "layer"}
+    assert config["components"]["features"] == {
+        "name": "hidden",
+        "layers": "0.25,0.5,0.75",
+        "pooling": "last",
+        "backbone": "start",
+        "unit_norm": "layer",
+    }
     rows = metrics(out)
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     for row in rows:
