@@ -8,7 +8,7 @@ time of the comb's matrix products alone. Stages:
 
     sampling    N rollouts from every prefix         curve     the comb's time over lengths
     scoring     their log-probs, with backward       memory    scoring against a plain causal pass over as many tokens
-    both        one after the other
+    both        one after the other                peaks     memory of the stages in the first column
 
 Writes sampling.json and sampling.md into OUT, after every row. What OUT holds of other settings, measured with the same
 policy on the same machine, stays there: settings can be measured one by one.
@@ -36,7 +36,7 @@ from benchmarks.measure import in_fresh_process, machine, peak_increase
 from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 
-STAGES = (*PARTS, "curve", "memory")
+STAGES = (*PARTS, "peaks", "curve", "memory")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -78,6 +78,23 @@ def growth(points: list[dict[str, Any]], part: str) -> float:
     return statistics.linear_regression(sizes, times).slope
 
 
+def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """`rows` with `new` ones at the end, or in the place of those with the same values under `keys`.
+
+    The new rows are the dictionaries given. Peaks of memory that they lack are taken from the row they replace.
+    """
+    at = {tuple(row[key] for key in keys): place for place, row in enumerate(rows)}
+    found = list(rows)
+    for row in new:
+        place = at.get(tuple(row[key] for key in keys))
+        if place is None:
+            found.append(row)
+            continue
+        row.update({name: value for name, value in rows[place].items() if name.endswith("_peak") and name not in row})
+        found[place] = row
+    return found
+
+
 def benchmark(
     choice: Choice,
     *,
@@ -106,28 +123,24 @@ def benchmark(
     for setting in settings if compared else []:
         say(f"{setting}: time of {', '.join(compared)}")
         rows = compare(policy, setting, compared, repeats)
-        again = {(row["setting"], row["stage"]) for row in rows}
-        results["rows"] = [row for row in results["rows"] if (row["setting"], row["stage"]) not in again] + rows
+        results["rows"] = merged(results["rows"], rows, "setting", "stage")
         save(results)
-        for row in rows:
+        for row in rows if "peaks" in stages else []:
             for name in CONTESTANTS:
                 say(f"{setting}: memory of {row['stage']}, {name}")
                 row[f"{name}_peak"] = in_fresh_process(peak, choice, setting, name, row["stage"])
                 save(results)
-    if "curve" in stages:
-        results["curve"] = []
     for setting in curve if "curve" in stages else []:
         say(f"{setting}: curve")
-        results["curve"].append(curve_point(policy, setting, repeats))
+        results["curve"] = merged(results["curve"], [curve_point(policy, setting, repeats)], "setting")
         if len(results["curve"]) > 1:
             results["growth"] = {part: growth(results["curve"], part) for part in PARTS["both"]}
         save(results)
-    if "memory" in stages:
-        results["memory"] = []
     for setting in memory if "memory" in stages else []:
         say(f"{setting}: memory against a plain pass")
         scored, plain = (in_fresh_process(peak, choice, setting, "ours", stage) for stage in ("scoring", "plain"))
-        results["memory"].append({"setting": str(setting), "ours_peak": scored, "plain_peak": plain})
+        row = {"setting": str(setting), "ours_peak": scored, "plain_peak": plain}
+        results["memory"] = merged(results["memory"], [row], "setting")
         save(results)
     return results
 
@@ -141,7 +154,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto or a torch dtype, as for CausalPolicy.from_pretrained.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     lora: Annotated[int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Runs of which the best counts; one of what takes over a minute.")] = 2,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of which the best counts; one of what takes over two minutes.")
+    ] = 2,
     out: Annotated[Path, typer.Option(help="Folder of sampling.json and sampling.md.")] = RESULTS,
 ) -> None:
     """Measure sampling and scoring over combs."""

@@ -180,11 +180,11 @@ def test_slow_contestants_run_once_and_the_others_take_turns(monkeypatch):
 
     clock = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
-    named = {"slow": contestant("slow", 100.0), "quick": contestant("quick", 1.0)}
+    named = {"slow": contestant("slow", 200.0), "quick": contestant("quick", 1.0)}
     runs = comparison.take_turns(CHOICE.load(), named, ("sampling",), rollouts=torch.zeros(1), repeats=3)
     assert order == ["slow", "quick", "quick", "quick"]
     assert [run["sampling"].seconds for run in runs["quick"]] == [1.0, 1.0, 1.0]
-    assert runs["slow"][0]["sampling"].seconds == 100.0
+    assert runs["slow"][0]["sampling"].seconds == 200.0
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="elsewhere the high-water mark only rises")
@@ -235,8 +235,9 @@ def test_benchmark_measures_every_column(monkeypatch):
         settings=[Setting(24, 4, 2)],
         curve=[Setting(16, 4, 2), Setting(32, 4, 2)],
         memory=[Setting(24, 4, 2)],
-        stages=["scoring", "both", "curve", "memory"],
+        stages=["scoring", "both", "peaks", "curve", "memory"],
         repeats=1,
+        earlier={},
         save=lambda so_far: saved.append(json.loads(json.dumps(so_far))),
         say=lambda what: None,
     )
@@ -252,6 +253,23 @@ def test_benchmark_measures_every_column(monkeypatch):
     assert saved[-1] == json.loads(json.dumps(results))
     lines = [line for line in sampling_report.markdown(results).splitlines() if line.startswith("| T=")]
     assert len(lines) == 2 + 2 + 1
+
+    quiet = {"repeats": 1, "save": lambda so_far: None, "say": lambda what: None, "curve": [], "memory": []}
+    settings = [Setting(12, 4, 2), Setting(24, 4, 2)]
+    later = sampling.benchmark(CHOICE, settings=settings, stages=["scoring"], earlier=results, **quiet)
+    assert [(row["setting"], row["stage"]) for row in later["rows"]] == [
+        (str(settings[1]), "scoring"),
+        (str(settings[1]), "both"),
+        (str(settings[0]), "scoring"),
+    ]
+    assert later["rows"][1] == both
+    assert later["rows"][0]["ours_peak"] == scoring["ours_peak"]  # measured before, and not again
+    assert "ours_peak" not in later["rows"][2]
+    assert later["curve"] == results["curve"]
+    elsewhere = results | {"machine": {"device": "another"}}
+    fresh = sampling.benchmark(CHOICE, settings=settings[:1], stages=["scoring"], earlier=elsewhere, **quiet)
+    assert len(fresh["rows"]) == 1
+    assert not fresh["curve"]
 
 
 def test_report_says_what_is_missing(tmp_path):

@@ -13,8 +13,8 @@ from ebft.layout import NestedPrefixLayout
 
 Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
-# Teeth per call of attention: more read trunk that not all of them see, fewer make more and smaller products. Of 16, 32,
-# 64 and 128 the last two were the fastest and equal (SmolLM2-135M, 1024 tokens, two cores).
+# Teeth per call of attention: more read trunk that not all of them see, fewer make more and smaller products. Of 16,
+# 32, 64 and 128 the last two were the fastest and equal (SmolLM2-135M, 1024 tokens, two cores).
 COLUMNS_PER_CALL = 64
 
 # Tokens that the buffers of a tooth hold at first.
