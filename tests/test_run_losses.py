@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebft import schema
-from ebft.build_loss import build_loss
+from ebft.assemble import build_loss
 from ebft.components import resolve_options
 from ebft.data import batches
 from ebft.errors import UsageError

@@ -1,0 +1,66 @@
+"""What can be known to be wrong from the options alone, before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ebft.assemble.loss import check_loss_options
+from ebft.errors import UsageError
+
+# The smallest value of each numeric option; all must be finite.
+_AT_LEAST = {
+    **dict.fromkeys(
+        ("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram", "dimension"), 1
+    ),
+    **dict.fromkeys(
+        ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
+    ),
+    **dict.fromkeys(("length", "held_out"), 2),
+    **dict.fromkeys(("save_every", "updates"), 1),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """What can be known to be wrong from the options alone.
+
+    Raises:
+        UsageError: one clear message, naming the option, its value and what is expected.
+    """
+    check_ranges(options)
+    length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
+    if horizon >= length:
+        raise UsageError(f"--horizon {horizon} does not fit --length {length}: a sequence needs context and a target")
+    if options["temperature"] <= 0:
+        raise UsageError(
+            f"--temperature {options['temperature']}: expected a number > 0; greedy rollouts have no policy gradient"
+        )
+    if not 0 < options["top_p"] <= 1:
+        raise UsageError(f"--top-p {options['top_p']}: expected a number in (0, 1]; 1 keeps every token")
+    if rollouts == 1:
+        reason = "held-out feature matching compares rollouts with each other"
+        if options["diversity"] > 0:
+            reason = f"the diversity term (--diversity {options['diversity']}) compares rollouts with each other"
+        elif options["estimator"] != "none":
+            reason = f"the estimator {options['estimator']} compares a rollout with the others of its anchor"
+        raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
+    if not options["lr"] > 0:
+        raise UsageError(f"--lr {options['lr']}: expected a number > 0")
+    check_loss_options(options)
+    per_token = options["pooling"] == "none"
+    if per_token and options["credit"] is None:
+        raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")
+    if options["credit"] is not None and not (per_token and options["features"] == "hidden"):
+        raise UsageError(f"--credit {options['credit']} wants features per token: add --features hidden --pooling none")
+    if per_token and options["whitening"] == "population":
+        raise UsageError("--whitening population does not take features per token (--pooling none) yet; use group")
+    if rollouts == 1 and options["whitening"] in ("group", "sample"):
+        raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
+
+
+def check_ranges(options: Mapping[str, Any]) -> None:
+    for name, least in _AT_LEAST.items():
+        value = options.get(name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")

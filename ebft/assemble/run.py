@@ -1,0 +1,135 @@
+"""From options to a whole run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tensordict import TensorDictBase
+
+from ebft import schema
+from ebft.assemble.checks import check_options
+from ebft.assemble.config import machine, stored_options, versions
+from ebft.assemble.loss import build_controller, build_loss, build_schedules
+from ebft.assemble.pipeline import build_pipeline, build_values
+from ebft.assemble.policy import load_policy
+from ebft.assemble.rows import pack_documents, read_documents
+from ebft.components import OPTION_NAMES, resolve_options
+from ebft.errors import UsageError
+from ebft.features.whitening import PopulationWhitening
+from ebft.files import write_json
+from ebft.loops.calibrate import calibrate
+from ebft.loops.run import open_folder, run
+
+GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
+
+
+def run_from_options(
+    options: Mapping[str, Any], *, explicit: set[str], out: Path | None, resume: bool, console: Console
+) -> None:
+    """Check the options, assemble the parts, run.
+
+    Args:
+        options: those of the command line, by parameter name.
+        explicit: which of them the user gave; with `resume` the others are those of the run in `out`.
+
+    Raises:
+        UsageError: any bad input, before anything is written.
+    """
+    options = dict(options)
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs --out, the folder of the run to go on with")
+        open_folder(out, resume=True)
+        options = stored_options(out, options, explicit)
+    check_options(options)
+    chosen = {group: options[group] for group in GROUPS}
+    given = {name: options[name] for name in OPTION_NAMES}
+    resolved = resolve_options(chosen, given)
+    name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
+    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    if not resume and out.exists():
+        open_folder(out, resume=False)  # refused before the work; made after the checks
+
+    documents = read_documents(options)
+    console.print(f"policy {options['policy']}, features {options['features']}", highlight=False)
+    policy = load_policy(options)
+    reference = policy.reference()
+    values = build_values(options, resolved)
+    pipeline = build_pipeline(policy, reference, options, resolved, values)
+    train_rows, held_rows = pack_documents(documents, policy.tokenizer, options, resolved)
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(options["steps"]))
+    loss = build_loss(options, resolved["pg"])
+    console.print(
+        f"{len(train_rows):,} training and {len(held_rows)} held-out sequences of {options['length']} tokens;"
+        f" {sum(p.numel() for p in parameters):,} trained weights on {policy.device}",
+        highlight=False,
+    )
+    config = {
+        "options": options,
+        "components": {group: {"name": name, **resolved[group]} for group, name in chosen.items()},
+        "versions": versions(),
+        "machine": machine(policy.device),
+        "sequences": {"training": len(train_rows), "held_out": len(held_rows)},
+    }
+    if not resume:
+        open_folder(out, resume=False)
+        write_json(out / "config.json", config)
+    stateful, observers = {}, []
+    if isinstance(values, PopulationWhitening):
+        observe = partial(_observe, values)
+        console.print(f"calibrating the whitening on {values.calibration} batches", highlight=False)
+        calibrate(
+            policy,
+            pipeline,
+            train_rows,
+            observe,
+            count=values.calibration,
+            batch_size=options["batch"],
+            seed=options["seed"],
+        )
+        stateful, observers = {"whitening": values}, [observe] if values.running else []
+    run(
+        policy,
+        pipeline,
+        loss,
+        data=train_rows,
+        held_out=held_rows,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        reference=reference,
+        out=out,
+        steps=options["steps"],
+        batch_size=options["batch"],
+        seed=options["seed"],
+        scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
+        save_every=options["save_every"],
+        controller=build_controller(options),
+        stateful=stateful,
+        training={
+            "micro_batch": options["micro_batch"],
+            "updates": options["updates"],
+            "truncation": options["truncate_weights"],
+            "schedules": build_schedules(options),
+            "observers": observers,
+        },
+        console=console,
+    )
+
+
+def _observe(whitening: PopulationWhitening, td: TensorDictBase) -> None:
+    whitening.observe(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES], td[schema.ANCHOR_MASK])
+
+
+def _warm_up_then_linear(steps: int):
+    """Learning-rate factor: up over the first 10 % of the steps, then linearly down to 5 %."""
+    warm_up = max(1, steps // 10)
+    return lambda step: min((step + 1) / warm_up, max(0.05, 1 - (step - warm_up) / max(1, steps - warm_up)))

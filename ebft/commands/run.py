@@ -1,0 +1,175 @@
+"""`run`: train a policy and measure what that did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ebft.commands.options import DATA, LOSS, MATCHING, MODEL, OUTPUT, SAMPLING, TRAINING, option
+
+
+def run(
+    context: typer.Context,
+    policy: Annotated[str, option(MODEL, "Model to train: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
+    lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 16,
+    device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
+    ] = "auto",
+    attention: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "Kernel of scoring and embedding: dense, chunked, flex, or rows, a plain forward pass per rollout"
+            " (default: the fastest known for model and device)",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, option(MODEL, "Compute activations again in backward: less memory, more time.", "--checkpointing")
+    ] = False,
+    data: Annotated[
+        str,
+        option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl file or a hub dataset id."),
+    ] = "stdlib",
+    text_field: Annotated[
+        str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
+    ] = None,
+    length: Annotated[int, option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
+    sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
+    stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
+    first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
+    horizon: Annotated[int, option(SAMPLING, "G, tokens of a rollout and of its target.")] = 8,
+    rollouts: Annotated[int, option(SAMPLING, "N, rollouts from every anchor; the baseline wants 3 or more.")] = 4,
+    temperature: Annotated[
+        float, option(SAMPLING, "Sampling temperature; the gradient is the tempered policy's.")
+    ] = 1.0,
+    top_p: Annotated[float, option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
+    features: Annotated[
+        str, option(MATCHING, "Feature map whose moments are matched; several: join:hidden+0.5*sbert.")
+    ] = "sbert",
+    encoder: Annotated[
+        str | None, option(MATCHING, "sbert: sentence encoder, a name, folder or hub id (default minilm-l6)")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, option(MATCHING, "sbert: tokens of the prefix embedded with the rollout (default 0)")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        option(MATCHING, "hidden: start (of the policy), random (weights), a name or folder (default start)"),
+    ] = None,
+    unit_norm: Annotated[
+        str | None, option(MATCHING, "hidden: layer (the paper), joint (its code) or none (default layer)")
+    ] = None,
+    layers: Annotated[
+        str | None, option(MATCHING, "hidden: depth fractions, indices, last or mean (default 0.25,0.5,0.75)")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        option(MATCHING, "hidden: last, mean, concat_quantiles, concat_all, or none for --credit (default last)"),
+    ] = None,
+    ngram: Annotated[int | None, option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
+    dimension: Annotated[int | None, option(MATCHING, "ngram: buckets of the hash (default 2048)")] = None,
+    whitening: Annotated[str, option(MATCHING, "Of features, before they are compared.")] = "none",
+    calibration: Annotated[
+        int | None, option(MATCHING, "population: batches that its moment is taken from (default 2)")
+    ] = None,
+    decay: Annotated[
+        float | None,
+        option(MATCHING, "population: keep it running, with this weight for the past (default: fixed)"),
+    ] = None,
+    shrinkage: Annotated[float | None, option(MATCHING, "population: share of the identity (default 0.1)")] = None,
+    centred: Annotated[bool | None, option(MATCHING, "population: subtract the mean", "--centred")] = None,
+    rank: Annotated[int | None, option(MATCHING, "population: directions kept (default all)")] = None,
+    objective: Annotated[str, option(MATCHING, "Reward of a rollout, from its features.")] = "feature_matching",
+    alignment: Annotated[
+        str | None, option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
+    ] = None,
+    kernel: Annotated[str | None, option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
+    bandwidth: Annotated[
+        float | None, option(MATCHING, "kernel_score rbf, laplace: scale of distances (default their median)")
+    ] = None,
+    power: Annotated[float | None, option(MATCHING, "kernel_score energy: of the distance, in (0, 2)")] = None,
+    degree: Annotated[int | None, option(MATCHING, "kernel_score polynomial: its degree")] = None,
+    offset: Annotated[float | None, option(MATCHING, "kernel_score polynomial: added to the product")] = None,
+    diversity: Annotated[float, option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
+    estimator: Annotated[str, option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
+    credit: Annotated[
+        str | None,
+        option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
+    ] = None,
+    drop_zero_spread: Annotated[
+        bool, option(MATCHING, "Leave out anchors whose rollouts all have one reward.", "--drop-zero-spread")
+    ] = False,
+    normalize_advantage: Annotated[
+        bool, option(MATCHING, "Standardise advantages over the batch.", "--normalize-advantage")
+    ] = False,
+    clip_advantage: Annotated[float | None, option(MATCHING, "Largest advantage by size (default none)")] = None,
+    steps: Annotated[int, option(TRAINING, "Updates.")] = 16,
+    batch: Annotated[int, option(TRAINING, "B, sequences in an update.")] = 8,
+    micro_batch: Annotated[
+        int | None, option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
+    ] = None,
+    lr: Annotated[float, option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 1e-3,
+    pg: Annotated[str, option(LOSS, "Policy gradient.")] = "reinforce",
+    clip: Annotated[
+        str | None,
+        option(LOSS, "clipped, sequence_clipped, cispo: bounds of the ratio, 0.2 or 0.2,0.28"),
+    ] = None,
+    updates: Annotated[int, option(LOSS, "Updates of the weights from each batch of rollouts.")] = 1,
+    truncate_weights: Annotated[
+        float | None,
+        option(LOSS, "Weigh tokens by p of scoring over p of sampling, at most this (default: no weights)"),
+    ] = None,
+    normalization: Annotated[
+        str, option(LOSS, "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code).")
+    ] = "sequence",
+    pg_weight: Annotated[float, option(LOSS, "Weight of the policy gradient.")] = 1.0,
+    pg_schedule: Annotated[
+        str | None, option(LOSS, "Of that weight: constant, linear_decay[:END] or warm_up[:SHARE] (default constant)")
+    ] = None,
+    ce: Annotated[float, option(LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon.")] = 2.0,
+    ce_tokens: Annotated[str, option(LOSS, "Tokens under cross-entropy: all, answers, or auto.")] = "auto",
+    ce_schedule: Annotated[str | None, option(LOSS, "Schedule of --ce (default constant)")] = None,
+    kl: Annotated[float, option(LOSS, "β, weight of the divergence from the start.")] = 0.0,
+    kl_mode: Annotated[
+        str | None,
+        option(LOSS, "Estimator k1, k2 or k3 (default: what descends KL(policy ‖ start): k2, in the reward k1)"),
+    ] = None,
+    kl_in: Annotated[str | None, option(LOSS, "Divergence in the loss or in the reward (default loss)")] = None,
+    kl_scope: Annotated[
+        str | None, option(LOSS, "Divergence per token, or of whole rollouts as in the paper's (10) (default token)")
+    ] = None,
+    kl_schedule: Annotated[str | None, option(LOSS, "Schedule of --kl (default constant)")] = None,
+    kl_target: Annotated[
+        float | None, option(LOSS, "Let --kl follow this divergence, in nats (default: constant)")
+    ] = None,
+    kl_stop: Annotated[float | None, option(LOSS, "End training above this divergence, in nats")] = None,
+    entropy: Annotated[float, option(LOSS, "Weight of a bonus on the policy's entropy.")] = 0.0,
+    seed: Annotated[int, option(TRAINING, "Keys every random number of the run.")] = 0,
+    held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
+    out: Annotated[Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
+    resume: Annotated[bool, option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
+    save_every: Annotated[int, option(OUTPUT, "Steps between checkpoints.")] = 10,
+) -> None:
+    """Fine-tune a policy by feature matching and measure what that did to held-out text.
+
+    Samples short rollouts from every nested prefix of the text, embeds them with a frozen feature map, and follows the
+    policy gradient of the distance between the feature moments of rollouts and text, mixed with cross-entropy (--ce)
+    and a divergence from the start (--kl).
+    """
+    from transformers.utils import logging
+
+    from ebft.assemble import run_from_options
+
+    logging.disable_progress_bar()
+
+    options = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
+    explicit = {
+        name
+        for name in options
+        if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+    }
+    run_from_options(options, explicit=explicit, out=out, resume=resume, console=Console())

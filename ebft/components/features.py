@@ -1,0 +1,86 @@
+"""Feature maps by name: (policy, reference, options) -> FeatureMap."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ebft.components.component import Component
+from ebft.errors import UsageError
+from ebft.features.contract import FeatureMap
+from ebft.policy import CausalPolicy
+
+
+def _sbert(policy: CausalPolicy, reference: CausalPolicy, *, encoder: str, context_tokens: int) -> FeatureMap:
+    from ebft.features.sbert import sbert
+
+    dtype = "bfloat16" if policy.autocast is torch.bfloat16 else "float32"
+    return sbert(encoder, policy.tokenizer, context_tokens=context_tokens, device=str(policy.device), dtype=dtype)
+
+
+def _hidden(
+    policy: CausalPolicy, reference: CausalPolicy, *, backbone: str, layers: str, unit_norm: str, pooling: str
+) -> FeatureMap:
+    from ebft.features.hidden import hidden
+
+    network = frozen_network(policy, reference, backbone)
+    return hidden(network, layers=parse_layers(layers), normalization=unit_norm, pooling=pooling)
+
+
+def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> CausalPolicy:
+    """The network whose states are features: the policy's `start`, its architecture with `random` weights, or a model.
+
+    Raises:
+        UsageError: a model that cannot be loaded, or whose token ids mean something else than the policy's.
+    """
+    if name == "start":
+        return reference
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.causal_lm.config), attn_implementation="sdpa")
+        weights = next(policy.causal_lm.parameters())
+        model = model.to(weights.device, weights.dtype).eval().requires_grad_(False)
+        return CausalPolicy(model, policy.tokenizer, autocast=policy.autocast)
+    dtype = "auto" if policy.autocast else str(next(policy.causal_lm.parameters()).dtype).removeprefix("torch.")
+    other = CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype)
+    if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UsageError(
+            f"backbone {name!r} has another tokenizer than the policy, so its token ids mean other text: give a"
+            " model of the policy's family"
+        )
+    other.model.requires_grad_(False)
+    return other
+
+
+def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> FeatureMap:
+    from ebft.features.ngram import ngram as make
+
+    return make(ngram, dimension=dimension)
+
+
+def parse_layers(text: str) -> list[int | float] | str:
+    """`0.25,0.5,0.75` (depth fractions), `4,8` (indices), `last` or `mean`."""
+    if text in ("last", "mean"):
+        return text
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"layers {text!r}: expected depth fractions (0.25,0.5,0.75), layer indices (4,8), 'last' or 'mean'"
+        ) from error
+
+
+FEATURES = {
+    "sbert": Component(
+        "sentence embedding of the rollout's text", {"encoder": "minilm-l6", "context_tokens": 0}, _sbert
+    ),
+    "hidden": Component(
+        "hidden states of the frozen start of the policy (the paper's)",
+        {"backbone": "start", "layers": "0.25,0.5,0.75", "unit_norm": "layer", "pooling": "last"},
+        _hidden,
+    ),
+    "ngram": Component("hashed counts of token n-grams of the rollout", {"ngram": 2, "dimension": 2048}, _ngram),
+}
