@@ -1,11 +1,11 @@
 """From the command line's options to the parts of a run; what needs no model is checked before one is loaded."""
 
-from ebft.assemble.checks import check_options
+from ebft.assemble.checks import GROUPS, check_options, resolve_run
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline, build_values
 from ebft.assemble.policy import load_policy
 from ebft.assemble.rows import pack_documents, read_documents
-from ebft.assemble.run import GROUPS, run_from_options
+from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "load_policy",
     "pack_documents",
     "read_documents",
+    "resolve_run",
     "run_from_options",
     "sample_from_options",
 ]

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebft.assemble.loss import check_loss_options
+from ebft.components import OPTION_NAMES, resolve_options
 from ebft.errors import UsageError
+
+GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
 
 # The smallest value of each numeric option; all must be finite.
 _AT_LEAST = {
@@ -20,6 +23,17 @@ _AT_LEAST = {
     **dict.fromkeys(("length", "held_out"), 2),
     **dict.fromkeys(("save_every", "updates"), 1),
 }
+
+
+def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Check the options of a run and give those of its components, by group, defaults filled in.
+
+    Raises:
+        UsageError: as `check_options` and `ebft.components.resolve_options`.
+    """
+    check_options(options)
+    chosen = {group: options[group] for group in GROUPS}
+    return resolve_options(chosen, {name: options[name] for name in OPTION_NAMES})
 
 
 def check_options(options: Mapping[str, Any]) -> None:

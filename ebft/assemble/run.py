@@ -14,20 +14,17 @@ from rich.console import Console
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.assemble.checks import check_options
+from ebft.assemble.checks import GROUPS, resolve_run
 from ebft.assemble.config import machine, stored_options, versions
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline, build_values
 from ebft.assemble.policy import load_policy
 from ebft.assemble.rows import pack_documents, read_documents
-from ebft.components import OPTION_NAMES, resolve_options
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_json
 from ebft.loops.calibrate import calibrate
 from ebft.loops.run import open_folder, run
-
-GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
 
 
 def run_from_options(
@@ -48,10 +45,7 @@ def run_from_options(
             raise UsageError("--resume needs --out, the folder of the run to go on with")
         open_folder(out, resume=True)
         options = stored_options(out, options, explicit)
-    check_options(options)
-    chosen = {group: options[group] for group in GROUPS}
-    given = {name: options[name] for name in OPTION_NAMES}
-    resolved = resolve_options(chosen, given)
+    resolved = resolve_run(options)
     name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if not resume and out.exists():
@@ -75,7 +69,7 @@ def run_from_options(
     )
     config = {
         "options": options,
-        "components": {group: {"name": name, **resolved[group]} for group, name in chosen.items()},
+        "components": {group: {"name": options[group], **resolved[group]} for group in GROUPS},
         "versions": versions(),
         "machine": machine(policy.device),
         "sequences": {"training": len(train_rows), "held_out": len(held_rows)},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ebft.commands.options import DATA, LOSS, MATCHING, MODEL, OUTPUT, SAMPLING, TRAINING, option
+from ebft.commands.options import DATA, LOSS, MATCHING, MODEL, OUTPUT, SAMPLING, TRAINING, given_options, option
 
 
 def run(
@@ -166,10 +166,5 @@ def run(
 
     logging.disable_progress_bar()
 
-    options = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
-    explicit = {
-        name
-        for name in options
-        if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
-    }
+    options, explicit = given_options(context, besides=("out", "resume"))
     run_from_options(options, explicit=explicit, out=out, resume=resume, console=Console())
