@@ -108,7 +108,10 @@ def test_every_part_is_on_record():
     torch.testing.assert_close(td["metrics", "matching_reward"], matching[schema.REWARD].mean(-1))
     assert torch.equal(td["metrics", "matching_alignment"], matching["metrics", "alignment"])
     torch.testing.assert_close(td[schema.REWARD], 2 * matching[schema.REWARD])
-    assert {name.split("_")[0] for name in td["metrics"].keys()} == {"matching", "table"}  # noqa: SIM118
+    own = {"reward_spread", "zero_spread_groups"}
+    assert own < set(td["metrics"].keys())
+    assert {name.split("_")[0] for name in set(td["metrics"].keys()) - own} == {"matching", "table"}
+    torch.testing.assert_close(td["metrics", "reward_spread"], td[schema.REWARD].std(-1))
     assert all(value.shape == (5, 1) for value in td["metrics"].values())
 
 

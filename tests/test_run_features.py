@@ -139,5 +139,7 @@ def test_mistakes_are_told_before_anything_is_written(options, tmp_path, chosen,
 def test_every_whitening_can_be_built():
     for name in GROUPS["whitening"]:
         resolved = resolve_options({"objective": "feature_matching", "whitening": name}, {"alignment": "cosine"})
-        assert callable(build_values({"objective": "feature_matching", "whitening": name}, resolved))
+        values = build_values({"objective": "feature_matching", "whitening": name}, resolved)
+        assert list(values) == ["feature_matching"]
+        assert callable(values["feature_matching"])
     assert choose("features", "join:hidden+2*ngram").options.keys() >= {"layers", "ngram"}

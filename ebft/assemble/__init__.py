@@ -2,8 +2,9 @@
 
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_pipeline, build_values
+from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.policy import load_policy
+from ebft.assemble.reward import build_reward, build_values
 from ebft.assemble.rows import pack_documents, read_documents
 from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
@@ -13,6 +14,7 @@ __all__ = [
     "build_controller",
     "build_loss",
     "build_pipeline",
+    "build_reward",
     "build_schedules",
     "build_values",
     "check_options",

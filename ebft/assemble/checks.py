@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebft.assemble.loss import check_loss_options
+from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.errors import UsageError
 
@@ -62,6 +63,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
     check_loss_options(options)
+    check_reward_options(options)
     per_token = options["pooling"] == "none"
     if per_token and options["credit"] is None:
         raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from ebft import schema
 from ebft.assemble.checks import GROUPS, resolve_run
 from ebft.assemble.config import machine, stored_options, versions
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_pipeline, build_values
+from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.policy import load_policy
+from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_documents, read_documents
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
@@ -77,20 +78,20 @@ def run_from_options(
     if not resume:
         open_folder(out, resume=False)
         write_json(out / "config.json", config)
-    stateful, observers = {}, []
-    if isinstance(values, PopulationWhitening):
-        observe = partial(_observe, values)
-        console.print(f"calibrating the whitening on {values.calibration} batches", highlight=False)
+    whitenings = {name: v for name, v in values.items() if isinstance(v, PopulationWhitening)}
+    observers = [partial(_observe, whitening) for whitening in whitenings.values()]
+    if whitenings:
+        count = next(iter(whitenings.values())).calibration
+        console.print(f"calibrating the whitening on {count} batches", highlight=False)
         calibrate(
             policy,
             pipeline,
             train_rows,
-            observe,
-            count=values.calibration,
+            _each(observers),
+            count=count,
             batch_size=options["batch"],
             seed=options["seed"],
         )
-        stateful, observers = {"whitening": values}, [observe] if values.running else []
     run(
         policy,
         pipeline,
@@ -107,13 +108,13 @@ def run_from_options(
         scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
         save_every=options["save_every"],
         controller=build_controller(options),
-        stateful=stateful,
+        stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},
         training={
             "micro_batch": options["micro_batch"],
             "updates": options["updates"],
             "truncation": options["truncate_weights"],
             "schedules": build_schedules(options),
-            "observers": observers,
+            "observers": observers if any(whitening.running for whitening in whitenings.values()) else [],
         },
         console=console,
     )
@@ -121,6 +122,14 @@ def run_from_options(
 
 def _observe(whitening: PopulationWhitening, td: TensorDictBase) -> None:
     whitening.observe(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES], td[schema.ANCHOR_MASK])
+
+
+def _each(observers: Sequence[Callable[[TensorDictBase], None]]) -> Callable[[TensorDictBase], None]:
+    def observe(td: TensorDictBase) -> None:
+        for observer in observers:
+            observer(td)
+
+    return observe
 
 
 def _warm_up_then_linear(steps: int):

@@ -83,7 +83,9 @@ def run(
     shrinkage: Annotated[float | None, option(MATCHING, "population: share of the identity (default 0.1)")] = None,
     centred: Annotated[bool | None, option(MATCHING, "population: subtract the mean", "--centred")] = None,
     rank: Annotated[int | None, option(MATCHING, "population: directions kept (default all)")] = None,
-    objective: Annotated[str, option(MATCHING, "Reward of a rollout, from its features.")] = "feature_matching",
+    objective: Annotated[
+        str, option(MATCHING, "Reward of a rollout; several: combine:feature_matching+0.1*verifier.")
+    ] = "feature_matching",
     alignment: Annotated[
         str | None, option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
     ] = None,
@@ -94,6 +96,41 @@ def run(
     power: Annotated[float | None, option(MATCHING, "kernel_score energy: of the distance, in (0, 2)")] = None,
     degree: Annotated[int | None, option(MATCHING, "kernel_score polynomial: its degree")] = None,
     offset: Annotated[float | None, option(MATCHING, "kernel_score polynomial: added to the product")] = None,
+    verifier: Annotated[
+        str | None,
+        option(
+            MATCHING,
+            "verifier: exact_match, bleu, chrf, unit_tests, or FILE.py:FUNCTION, a function of your own of texts and"
+            " references (answers, or the text that follows) (default chrf)",
+        ),
+    ] = None,
+    group_aware: Annotated[
+        bool | None,
+        option(MATCHING, "verifier: call FILE.py:FUNCTION with the texts of one anchor at a time", "--group-aware"),
+    ] = None,
+    word_order: Annotated[
+        int | None, option(MATCHING, "verifier chrf: n-grams of words to count too; 2 is chrF++ (default 0)")
+    ] = None,
+    bleu_tokenizer: Annotated[
+        str | None, option(MATCHING, "verifier bleu: 13a, intl, char, zh or none (default 13a)")
+    ] = None,
+    lowercase: Annotated[
+        bool | None, option(MATCHING, "verifier chrf, bleu: upper and lower case are the same", "--lowercase")
+    ] = None,
+    test_credit: Annotated[
+        str | None,
+        option(MATCHING, "verifier unit_tests: reward all or nothing (all), or the share passed (default all)"),
+    ] = None,
+    test_timeout: Annotated[
+        float | None, option(MATCHING, "verifier unit_tests: seconds of a run in the sandbox (default 5)")
+    ] = None,
+    test_prompt: Annotated[
+        bool | None,
+        option(MATCHING, "verifier unit_tests: the program is the prompt and what follows it", "--test-prompt"),
+    ] = None,
+    energy: Annotated[
+        str | None, option(MATCHING, "energy: its file, an energy.safetensors as the command tilt writes it")
+    ] = None,
     diversity: Annotated[float, option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
     estimator: Annotated[str, option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
     credit: Annotated[

@@ -12,7 +12,7 @@ from typing import Any
 from ebft.components.component import Component, select
 from ebft.components.features import FEATURES
 from ebft.components.joined import joined
-from ebft.components.objectives import ESTIMATORS, OBJECTIVES
+from ebft.components.objectives import ESTIMATORS, OBJECTIVES, combined
 from ebft.components.policy_gradients import POLICY_GRADIENTS
 from ebft.components.samplers import SAMPLERS
 from ebft.components.whitenings import WHITENINGS
@@ -39,6 +39,8 @@ def choose(group: str, name: str) -> Component:
     """
     if group == "features" and name.startswith("join:"):
         return joined(name.removeprefix("join:"))
+    if group == "objective":
+        return combined(name)
     also = ", or several of them as join:hidden+0.5*sbert" if group == "features" else ""
     return select(group, GROUPS[group], name, also=also)
 

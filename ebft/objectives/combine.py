@@ -42,8 +42,9 @@ def combine(stages: Mapping[str, Stage], weights: Mapping[str, float], *, decode
     of the advantages is unbiased for the sum of the objectives. "group_norm" scales every part by itself.
 
     Each part finds the batch as it was before this stage, whatever the others wrote. Masked anchors get 0. The metrics
-    are ``<name>_reward``, [B,K], the mean over the rollouts of a part's reward before its weight, and those that the
-    parts write, with ``<name>_`` in front of theirs.
+    are ``<name>_reward``, [B,K], the mean over the rollouts of a part's reward before its weight, those that the
+    parts write, with ``<name>_`` in front of theirs, and of the sum ``reward_spread`` and ``zero_spread_groups``: 1
+    where the rewards of no part with a weight differ, as far as the parts report that.
 
     Args:
         stages: by name, each writes reward and advantage of shape [B,K,N] (``component.objective`` without `credit`,
@@ -74,6 +75,12 @@ def combine(stages: Mapping[str, Stage], weights: Mapping[str, float], *, decode
         td[schema.ADVANTAGE] = weighted_sum(advantages, weights)
         for name, value in metrics.items():
             td[schema.metric(name)] = value
+        reward = td[schema.REWARD]
+        spread = reward.std(-1) if reward.shape[-1] > 1 else torch.zeros_like(reward[..., 0])
+        td[schema.metric("reward_spread")] = spread
+        same = [f"{name}_zero_spread_groups" for name in stages if weights[name]]
+        if same and all(name in metrics for name in same):
+            td[schema.metric("zero_spread_groups")] = torch.stack([metrics[name] for name in same]).amin(0)
         return td
 
     return run

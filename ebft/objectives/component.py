@@ -38,8 +38,7 @@ def objective(
         values: `kernels.kernel_values` or `moments.moment_values` with their options bound, or a function like them.
         estimator, diversity: of `baselines.advantage`.
         credit: None, or how tokens are credited: "reward_to_go", "total" or "own" of ``scores``.
-        drop_zero_spread, normalize_advantage, clip_advantage: in this order, ``shaping.keep_groups`` of the groups with
-            a spread of rewards, ``shaping.standardise`` over the batch, and ``shaping.clip``. Each is biased.
+        drop_zero_spread, normalize_advantage, clip_advantage: of ``shaping.shape``. Each is biased.
     """
     if credit is not None:
         check_credit(credit)
@@ -64,13 +63,15 @@ def objective(
             real = anchor_mask[..., None, None] & rollout_mask
         spread, same = _spread(scores)
         gain = torch.where(real, scores.advantage, 0.0)
-        if drop_zero_spread:
-            gain = shaping.keep_groups(gain, same, anchor_mask)
-            real = real & ~same.view(*same.shape, *[1] * (real.ndim - same.ndim))
-        if normalize_advantage:
-            gain = shaping.standardise(gain, real)
-        if clip_advantage is not None:
-            gain = shaping.clip(gain, clip_advantage)
+        gain = shaping.shape(
+            gain,
+            real,
+            same,
+            anchor_mask,
+            drop_zero_spread=drop_zero_spread,
+            normalize_advantage=normalize_advantage,
+            clip_advantage=clip_advantage,
+        )
         idle = gain.abs().flatten(2).amax(-1) <= rounding(gain, scores.scale)
         metrics = (scores.alignment, scores.similarity, spread, same, idle)
         whole = anchor_mask.view(*anchor_mask.shape, *[1] * (scores.reward.ndim - 2))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
+from ebft import schema
 from ebft.errors import UsageError
+
+Stage = Callable[[TensorDictBase], TensorDictBase]
 
 
 def keep_groups(advantage: Tensor, drop: Tensor, mask: Tensor) -> Tensor:
@@ -57,6 +62,74 @@ def clip(advantage: Tensor, limit: float) -> Tensor:
     """
     check_limit(limit)
     return advantage.clamp(-limit, limit)
+
+
+def shape(
+    gain: Tensor,
+    real: Tensor,
+    same: Tensor,
+    anchor_mask: Tensor,
+    *,
+    drop_zero_spread: bool = False,
+    normalize_advantage: bool = False,
+    clip_advantage: float | None = None,
+) -> Tensor:
+    """:func:`keep_groups` of the groups with a spread, :func:`standardise` and :func:`clip`, in this order.
+
+    Args:
+        gain: [B,K,N] or [B,K,N,G] advantages; real: the same shape, True on what counts.
+        same: [B,K] bool, True on groups without a spread of rewards; anchor_mask: [B,K] bool.
+
+    Returns:
+        Advantage of the same shape.
+    """
+    if drop_zero_spread:
+        gain = keep_groups(gain, same, anchor_mask)
+        real = real & ~_widen(same, real)
+    if normalize_advantage:
+        gain = standardise(gain, real)
+    return gain if clip_advantage is None else clip(gain, clip_advantage)
+
+
+def shaped(
+    stage: Stage,
+    *,
+    drop_zero_spread: bool = False,
+    normalize_advantage: bool = False,
+    clip_advantage: float | None = None,
+) -> Stage:
+    """A reward stage whose advantages [B,K,N] go through :func:`shape`, as those of ``component.objective`` do.
+
+    It adds the metric ``zero_advantage_groups`` [B,K], whether all advantages of an anchor are 0.
+
+    Raises:
+        UsageError: a limit out of range, at once; when run with `drop_zero_spread`, a stage that does not write the
+            metric ``zero_spread_groups``.
+    """
+    if clip_advantage is not None:
+        check_limit(clip_advantage)
+
+    def run(td: TensorDictBase) -> TensorDictBase:
+        td = stage(td)
+        anchor_mask, gain = td[schema.ANCHOR_MASK], td[schema.ADVANTAGE]
+        flags = td.get(schema.metric("zero_spread_groups"), None)
+        if flags is None and drop_zero_spread:
+            raise UsageError(
+                "drop_zero_spread wants the metric 'zero_spread_groups' of the reward stage, which wrote none"
+            )
+        td[schema.ADVANTAGE] = gain = shape(
+            gain,
+            anchor_mask[..., None].expand_as(gain),
+            torch.zeros_like(anchor_mask) if flags is None else flags > 0,
+            anchor_mask,
+            drop_zero_spread=drop_zero_spread,
+            normalize_advantage=normalize_advantage,
+            clip_advantage=clip_advantage,
+        )
+        td[schema.metric("zero_advantage_groups")] = ((gain == 0).all(-1) & anchor_mask).to(gain.dtype)
+        return td
+
+    return run
 
 
 def check_limit(limit: float) -> None:

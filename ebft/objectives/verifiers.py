@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ebft import sandbox, schema
@@ -137,6 +138,21 @@ def reward_advantage(reward: Tensor, *, estimator: str = "rloo", mask: Tensor | 
     return advantage(reward / 2, alone, estimator=estimator, diversity=0.0, mask=mask)
 
 
+def plain_reward(
+    reward: Tensor, anchor_mask: Tensor, *, estimator: str = "rloo"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a stage writes of plain rewards [B,K,N] that are 0 at masked anchors, in the order of its keys.
+
+    Returns:
+        Reward [B,K,N], advantage [B,K,N] (0 at masked anchors), and the metrics ``reward_spread`` and
+        ``zero_spread_groups``, [B,K].
+    """
+    gain = torch.where(anchor_mask[..., None], reward_advantage(reward, estimator=estimator, mask=anchor_mask), 0.0)
+    spread = reward.std(-1) if reward.shape[-1] > 1 else torch.zeros_like(reward[..., 0])
+    same = zero_spread(reward, scale=reward.abs().amax(-1)) & anchor_mask
+    return reward, gain, spread, same.to(gain.dtype)
+
+
 def verifier(
     score: Score,
     *,
@@ -144,6 +160,7 @@ def verifier(
     references: Callable[[int], Any] | None = None,
     group: bool = False,
     estimator: str = "rloo",
+    by: NestedKey = schema.SEQUENCE_IDS,
 ) -> TensorDictModule:
     """A module that writes reward and advantage, [B,K,N] and 0 at masked anchors, from the texts of the rollouts.
 
@@ -152,12 +169,13 @@ def verifier(
     Args:
         score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors at once.
         decode: (tokens [M,G], mask [M,G]) -> M strings, the continuations without their context.
-        references: the reference of a sequence, by its id (an answer, a list of tests, anything `score` takes). None:
-            the text of the anchor's target.
+        references: the reference of a sequence, by its number in `by` (an answer, a list of tests, anything `score`
+            takes). None: the text of the anchor's target.
         group: whether `score` is called for one anchor at a time, with its N texts and its reference, so that the
             reward of one rollout may depend on the others. What a baseline makes of the others' rewards then depends on
             the rollout that it corrects, so that no estimator but "none" is unbiased for such a reward.
         estimator: of ``baselines.advantage``.
+        by: entry [B] of int64 that tells sequences apart.
     """
 
     def rewards(texts: list[str], right: list[Any], count: int) -> Tensor:
@@ -179,12 +197,9 @@ def verifier(
             values = rewards(texts, right, count).to(tokens.device)
             reward = reward.to(values.dtype).masked_scatter(anchor_mask[..., None], values)
         check_finite(reward, tokens, mask, decode)
-        gain = torch.where(anchor_mask[..., None], reward_advantage(reward, estimator=estimator, mask=anchor_mask), 0.0)
-        spread = reward.std(-1) if count > 1 else torch.zeros_like(reward[..., 0])
-        same = zero_spread(reward, scale=reward.abs().amax(-1)) & anchor_mask
-        return reward, gain, spread, same.to(gain.dtype)
+        return plain_reward(reward, anchor_mask, estimator=estimator)
 
-    about = [schema.TARGET_TOKENS, schema.TARGET_MASK] if references is None else [schema.SEQUENCE_IDS]
+    about = [schema.TARGET_TOKENS, schema.TARGET_MASK] if references is None else [by]
     return TensorDictModule(
         reward_and_advantage,
         in_keys=[schema.ROLLOUT_TOKENS, schema.ROLLOUT_MASK, schema.ANCHOR_MASK, *about],

@@ -1,0 +1,166 @@
+"""From options to the stage that rewards rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tensordict.utils import NestedKey
+
+from ebft import schema
+from ebft.components import choose
+from ebft.components.objectives import COMBINE, MATCHING, build_objective, objective_parts
+from ebft.components.verifiers import Reference, Verifier
+from ebft.errors import UsageError
+from ebft.objectives.combine import combine
+from ebft.objectives.component import objective
+from ebft.objectives.energy import LinearEnergy
+from ebft.objectives.energy_reward import energy_reward
+from ebft.objectives.scores import Values
+from ebft.objectives.shaping import Stage, shaped
+from ebft.objectives.verifiers import Decode, verifier
+
+_SHAPING = ("drop_zero_spread", "normalize_advantage", "clip_advantage")
+
+
+def check_reward_options(options: Mapping[str, Any]) -> None:
+    """What can be known to be wrong about --objective and what goes with it from the options alone.
+
+    Raises:
+        UsageError: names the option, its value and what is expected.
+    """
+    name, parts = options["objective"], objective_parts(options["objective"])
+    if options["credit"] is not None and not (len(parts) == 1 and name in MATCHING):
+        raise UsageError(
+            f"--credit {options['credit']}: {name} rewards whole rollouts; rewards of tokens want --objective"
+            f" {' or '.join(MATCHING)}"
+        )
+    if set(parts) & set(MATCHING):
+        return
+    why = f"--objective {name} compares no features of rollouts and targets; {' and '.join(MATCHING)} do"
+    if options["whitening"] != "none":
+        raise UsageError(f"--whitening {options['whitening']}: {why}")
+    if options["diversity"] != 1.0:
+        raise UsageError(f"--diversity {options['diversity']}: {why}")
+
+
+def build_values(options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> dict[str, Values]:
+    """Kernel values of features, whitened as asked for, of each objective that compares features."""
+    whiten = choose("whitening", options["whitening"]).build
+    return {
+        name: whiten(build_objective(name, resolved["objective"]), **resolved["whitening"])
+        for name in objective_parts(options["objective"])
+        if name in MATCHING
+    }
+
+
+def build_reward(
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    *,
+    decode: Decode,
+    values: Mapping[str, Values] | None = None,
+    examples: Callable[[int], Reference] | None = None,
+    by: NestedKey = schema.SEQUENCE_IDS,
+) -> Stage:
+    """The stage that writes reward and advantage, and the metrics of each of its parts.
+
+    Args:
+        options, resolved: of a run, and of its components.
+        decode: (tokens [M,G], mask [M,G]) -> M strings, for verifiers and messages; see :func:`decoder`.
+        values: of :func:`build_values`, made here when left out.
+        examples: the example that a row comes from (its prompt, answer and tests, which verifiers compare with), by the
+            row's number in the entry `by`. None: data without examples, where a rollout is compared with the text that
+            follows its anchor.
+
+    Raises:
+        UsageError: an objective that cannot be built, or that needs what the data does not have.
+    """
+    values = build_values(options, resolved) if values is None else values
+    parts = objective_parts(options["objective"])
+    shape = {name: options[name] for name in _SHAPING}
+    make = partial(_stage, options=options, resolved=resolved, decode=decode, examples=examples, by=by)
+    if options["objective"] in MATCHING:  # shapes by itself: it knows the size of the terms of its rewards
+        return _matching(values[options["objective"]], options, **shape)
+    stages = {name: _matching(values[name], options) if name in values else make(name) for name in parts}
+    if not options["objective"].startswith(COMBINE):
+        return shaped(stages[options["objective"]], **shape)
+    return shaped(combine(stages, parts, decode=decode), **shape)
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """What turns tokens [M,G] with their mask [M,G] into M strings; special tokens are dropped."""
+
+    def decode(tokens, mask) -> list[str]:
+        return [
+            tokenizer.decode(row[real].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for row, real in zip(tokens, mask, strict=True)
+        ]
+
+    return decode
+
+
+def _matching(values: Values, options: Mapping[str, Any], **shape: Any) -> Stage:
+    return objective(
+        values,
+        credit=options["credit"],
+        estimator=options["estimator"],
+        diversity=options["diversity"],
+        **shape,
+    )
+
+
+def _stage(
+    name: str,
+    *,
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    decode: Decode,
+    examples: Callable[[int], Reference] | None,
+    by: NestedKey,
+) -> Stage:
+    made = build_objective(name, resolved["objective"])
+    if isinstance(made, Verifier):
+        return _verifier(made, options, decode=decode, examples=examples, by=by)
+    energy, about = made
+    _check_energy(energy, about, options, resolved)
+    return energy_reward(energy, estimator=options["estimator"])
+
+
+def _verifier(
+    made: Verifier,
+    options: Mapping[str, Any],
+    *,
+    decode: Decode,
+    examples: Callable[[int], Reference] | None,
+    by: NestedKey,
+) -> Stage:
+    if examples is None and made.wants == "example":
+        raise UsageError(
+            f"--verifier {options['verifier']} wants examples with tests, and --data {options['data']} has none: give"
+            " data with the fields prompt, answer and tests, or use chrf, bleu or exact_match"
+        )
+    references = None if examples is None else lambda number: made.reference(examples(number))
+    return verifier(
+        made.score,
+        decode=decode,
+        references=references,
+        by=by,
+        group=made.group,
+        estimator=options["estimator"],
+    )
+
+
+def _check_energy(
+    energy: LinearEnergy, about: Mapping[str, Any], options: Mapping[str, Any], resolved: Mapping[str, Mapping]
+) -> None:
+    """Check that the energy was fitted on the features of this run."""
+    ours = {"features": options["features"], **resolved["features"]}
+    theirs = about.get("features", {})
+    for name in dict.fromkeys((*ours, *theirs)):
+        if ours.get(name) != theirs.get(name):
+            raise UsageError(
+                f"--energy {options['energy']} was fitted on features with {name} {theirs.get(name)}, and this run has"
+                f" {name} {ours.get(name)}: choose the features it was fitted on, or fit another"
+            )
