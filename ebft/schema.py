@@ -32,6 +32,7 @@ TOKENS = "tokens"
 MASK = "mask"
 ANSWER_MASK = "answer_mask"
 DOCUMENT_IDS = "document_ids"
+EXAMPLE = "example"
 SEQUENCE_IDS = "sequence_ids"
 SEED = "seed"
 ANCHORS = "anchors"
@@ -73,6 +74,7 @@ FIELDS: dict[NestedKey, Field] = {
     MASK: Field("B T", "bool", "data"),
     ANSWER_MASK: Field("B T", "bool", "data (optional)"),
     DOCUMENT_IDS: Field("B T", "int", "data (optional)"),
+    EXAMPLE: Field("B", "int", "data (prompts only): place of the row's example in the list of examples"),
     SEQUENCE_IDS: Field("B", "int", "data"),
     SEED: Field("B", "int", "the loop: run seed and step, repeated per row"),
     ANCHORS: Field("B K", "int", "anchor placement (ebft.samplers.anchors)"),

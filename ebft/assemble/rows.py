@@ -3,34 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from tensordict import TensorDictBase
+from transformers import PreTrainedTokenizerBase
 
 from ebft import schema
-from ebft.data.documents import load_documents, split_documents
+from ebft.data.documents import Document, load_documents, split_documents
+from ebft.data.example_rows import count_unfit, pack_examples
+from ebft.data.examples import Example, Fields, has_examples, load_examples, split_examples
 from ebft.data.packing import pack
 from ebft.errors import UsageError
 from ebft.samplers.anchors import strided
 
-
-def read_documents(options: Mapping[str, Any]):
-    """The training and the held-out documents of --data; needs no model, so a bad path is found at once."""
-    return split_documents(load_documents(options["data"], text_field=options["text_field"]))
+# What examples alone have, and what plain text alone has.
+EXAMPLE_OPTIONS = ("prompt_field", "answer_field", "chat")
 
 
-def pack_documents(
-    documents, tokenizer, options: Mapping[str, Any], resolved: Mapping[str, Mapping]
+@dataclass(frozen=True)
+class Data:
+    """What --data names, split: documents, or examples with answers to learn."""
+
+    train: list[Document] | list[Example]
+    held_out: list[Document] | list[Example]
+    answers: bool
+
+
+def read_data(options: Mapping[str, Any]) -> Data:
+    """The training and the held-out side of --data; needs no model, so a bad path is found at once.
+
+    Raises:
+        UsageError: what the loaders raise, or an option that the data has no use for.
+    """
+    source = options["data"]
+    named = {part: options[f"{part}_field"] for part in ("prompt", "answer") if options[f"{part}_field"] is not None}
+    fields = Fields(**named)
+    if not named and (options["text_field"] is not None or not has_examples(source, fields=fields)):
+        for name in EXAMPLE_OPTIONS:
+            if options[name]:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for examples, and --data {source} is plain text: give a .jsonl or"
+                    f" .tsv file with the fields {fields.prompt!r} and {fields.answer!r}"
+                )
+        return Data(*split_documents(load_documents(source, text_field=options["text_field"])), answers=False)
+    if options["text_field"] is not None:
+        raise UsageError(
+            f"--text-field {options['text_field']} is for plain text, but --data {source} is read as examples of"
+            f" {fields.prompt!r} and {fields.answer!r}: leave out one of them"
+        )
+    return Data(*split_examples(load_examples(source, fields=fields)), answers=True)
+
+
+def pack_data(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    *,
+    console: Console,
 ) -> tuple[TensorDictBase, TensorDictBase]:
     """Training rows, and --held-out rows of held-out text: batch size [M].
 
     Raises:
-        UsageError: fewer training rows than one batch.
+        UsageError: fewer training rows than one batch, or no row with room for an anchor.
     """
     train_rows, held_rows = (
-        _usable(pack(part, tokenizer, length=options["length"]), options, resolved) for part in documents
+        _usable(_pack(part, data.answers, tokenizer, options), options, resolved)
+        for part in (data.train, data.held_out)
     )
+    if data.answers:
+        shape = {"length": options["length"], "chat": options["chat"]}
+        left_out, cut = count_unfit([*data.train, *data.held_out], tokenizer, **shape)  # type: ignore[list-item]
+        if left_out or cut:
+            console.print(
+                f"--length {options['length']}: {left_out} examples do not fit and are left out, {cut} lose the end of"
+                " their answers",
+                highlight=False,
+            )
     if options["batch"] > len(train_rows):
         raise UsageError(
             f"--batch {options['batch']}: the training text gives only {len(train_rows)} sequences of"
@@ -39,10 +91,17 @@ def pack_documents(
     return train_rows, _subset(held_rows, options["held_out"])
 
 
+def _pack(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> TensorDictBase:
+    if answers:
+        return pack_examples(part, tokenizer, length=options["length"], chat=options["chat"])
+    return pack(part, tokenizer, length=options["length"])
+
+
 def _usable(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
     """The rows in which at least one anchor fits, so that no batch is without one."""
     placement = {"stride": 1, "first": resolved["sampler"]["first"], "horizon": options["horizon"]}
-    _, anchor_mask = strided(rows[schema.MASK], document_ids=rows[schema.DOCUMENT_IDS], **placement)
+    masks = {"answer_mask": rows.get(schema.ANSWER_MASK, None), "document_ids": rows[schema.DOCUMENT_IDS]}
+    _, anchor_mask = strided(rows[schema.MASK], **masks, **placement)
     return rows[anchor_mask.any(1)]
 
 

@@ -20,7 +20,7 @@ from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.policy import load_policy
 from ebft.assemble.reward import build_values
-from ebft.assemble.rows import pack_documents, read_documents
+from ebft.assemble.rows import pack_data, read_data
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_json
@@ -52,13 +52,13 @@ def run_from_options(
     if not resume and out.exists():
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
-    documents = read_documents(options)
+    data = read_data(options)
     console.print(f"policy {options['policy']}, features {options['features']}", highlight=False)
     policy = load_policy(options)
     reference = policy.reference()
     values = build_values(options, resolved)
-    pipeline = build_pipeline(policy, reference, options, resolved, values)
-    train_rows, held_rows = pack_documents(documents, policy.tokenizer, options, resolved)
+    pipeline = build_pipeline(policy, reference, options, resolved, values, answers=data.answers)
+    train_rows, held_rows = pack_data(data, policy.tokenizer, options, resolved, console=console)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(options["steps"]))

@@ -32,11 +32,23 @@ def run(
     ] = False,
     data: Annotated[
         str,
-        option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl file or a hub dataset id."),
+        option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl or .tsv file or a hub dataset id."),
     ] = "stdlib",
     text_field: Annotated[
         str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
     ] = None,
+    prompt_field: Annotated[
+        str | None,
+        option(
+            DATA,
+            "Field of a .jsonl, .tsv or dataset that holds the prompt; with answers, only they are learnt"
+            " (default prompt)",
+        ),
+    ] = None,
+    answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
+    chat: Annotated[
+        bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")
+    ] = False,
     length: Annotated[int, option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
     sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
     stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,

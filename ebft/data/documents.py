@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebft.data.records import decode, hub_rows, json_lines, read, read_text, text_of
+from ebft.data.split import split_by
 from ebft.errors import UsageError
 
 STDLIB = "stdlib"
@@ -63,7 +63,7 @@ def load_documents(source: str, *, text_field: str | None = None) -> list[Docume
         return _load_json_lines(path, field)
     if path.exists():
         _refuse_text_field(text_field, f"the text file {source}")
-        return [Document(path.name, _read_text_file(path))]
+        return [Document(path.name, read_text(path))]
     if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_SUFFIXES):
         raise UsageError(f"no such file or folder: {source}")
     return _load_hub(source, field)
@@ -82,21 +82,11 @@ def split_documents(documents: Sequence[Document], *, held_out: float = 0.1) -> 
     Raises:
         UsageError: no documents, `held_out` outside (0, 1), or a single text without a line boundary to cut at.
     """
-    if not 0 < held_out < 1:
-        raise UsageError(f"held_out={held_out}: expected a fraction between 0 and 1, both exclusive")
-    if not documents:
-        raise UsageError("there are no documents to split: give at least one")
-    place = {document.text: _unit_hash(document.text) for document in documents}
-    if len(place) == 1:
+    texts = {document.text for document in documents}
+    if len(texts) == 1 and 0 < held_out < 1:
         head, tail = _cut(documents[0], fraction=1 - held_out)
         return [head], [tail]
-    held = {text for text, value in place.items() if value < held_out}
-    if not held:
-        held = {min(place, key=place.__getitem__)}
-    elif len(held) == len(place):
-        held.remove(max(place, key=place.__getitem__))
-    train = [document for document in documents if document.text not in held]
-    return train, [document for document in documents if document.text in held]
+    return split_by(documents, lambda document: document.text, held_out=held_out)
 
 
 def _refuse_text_field(text_field: str | None, what: str) -> None:
@@ -111,7 +101,7 @@ def _load_stdlib() -> list[Document]:
     documents = [
         Document(name, text)
         for name in _walk(root, skip=_STDLIB_SKIP)
-        if name.endswith(".py") and (text := _decode(_read(root / name)))
+        if name.endswith(".py") and (text := decode(read(root / name)))
     ]
     if not documents:
         raise UsageError(f"source stdlib: this Python has no source files in {root}; give a folder of texts instead")
@@ -120,7 +110,7 @@ def _load_stdlib() -> list[Document]:
 
 def _load_folder(root: Path) -> list[Document]:
     names = _walk(root)
-    texts = {name: _decode(_read(root / name)) for name in names}
+    texts = {name: decode(read(root / name)) for name in names}
     documents = [Document(name, text) for name, text in texts.items() if text]
     if not documents:
         binary = sum(text is None for text in texts.values())
@@ -145,79 +135,18 @@ def _raise_unreadable(error: OSError) -> None:
     raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _decode(raw: bytes) -> str | None:
-    """The text, "" for a blank one, None for binary data."""
-    try:
-        text = raw.decode("utf-8-sig")  # a byte-order mark is not text
-    except UnicodeDecodeError:
-        return None
-    if "\0" in text:
-        return None
-    return text if text.strip() else ""
-
-
-def _read_text_file(path: Path) -> str:
-    text = _decode(_read(path))
-    if text is None:
-        raise UsageError(f"{path} is not a text file: it is not UTF-8, or has NUL bytes")
-    if not text:
-        raise UsageError(f"{path} is empty")
-    return text
-
-
 def _load_json_lines(path: Path, field: str) -> list[Document]:
-    documents = []
-    # Split at "\n" alone: JSON strings may hold the other characters that str.splitlines takes for a line's end.
-    for number, line in enumerate(_read_text_file(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{where}: expected a JSON object with the field {field!r}, found {line.strip()[:60]}")
-        documents.append(Document(f"{path.name}:{number}", _text_of(record, field, where)))
+    documents = [
+        Document(f"{path.name}:{where.rpartition(' ')[2]}", text_of(record, field, where, option="text_field"))
+        for where, record in json_lines(path, wanted=f"the field {field!r}")
+    ]
     return _not_blank(documents, f"the field {field!r} of {path}")
 
 
-def _text_of(record: dict, field: str, where: str) -> str:
-    if field not in record:
-        raise UsageError(
-            f"{where}: no field {field!r}; found {', '.join(map(repr, record)) or 'no fields'}; set text_field"
-        )
-    if not isinstance(record[field], str):
-        raise UsageError(
-            f"{where}: the field {field!r} is {json.dumps(record[field], default=str)[:60]}, expected a string"
-        )
-    return record[field]
-
-
 def _load_hub(source: str, field: str) -> list[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"no such file or folder: {source}. If it is a hub data set, install the package that reads it:"
-            ' pip install "ebft[hub]"'
-        ) from error
-    try:
-        rows: Iterable[dict] = datasets.load_dataset(source, split="train")
-    except Exception as error:  # the library and its network stack raise errors of many unrelated types
-        raise UsageError(
-            f"no such file or folder: {source}; and as a hub data set its split 'train' could not be loaded: {error}"
-        ) from error
     documents = [
-        Document(f"{source}:{number}", _text_of(row, field, f"data set {source}, row {number}"))
-        for number, row in enumerate(rows)
+        Document(f"{source}:{where.rpartition(' ')[2]}", text_of(row, field, where, option="text_field"))
+        for where, row in hub_rows(source)
     ]
     return _not_blank(documents, f"the field {field!r} of the data set {source}")
 
@@ -227,12 +156,6 @@ def _not_blank(documents: list[Document], what: str) -> list[Document]:
     if not kept:
         raise UsageError(f"{what} is empty: it holds no text in any of {len(documents)} documents")
     return kept
-
-
-def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, the same on every machine."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _cut(document: Document, *, fraction: float) -> tuple[Document, Document]:

@@ -50,9 +50,9 @@ def pack(
         raise UsageError(f"there is nothing to pack: {len(documents)} documents hold no tokens")
     padding = -stream.size % length
     mask = np.pad(np.ones(stream.size, dtype=bool), (0, padding)).reshape(-1, length)
-    tokens = np.pad(stream, (0, padding), constant_values=_padding_id(tokenizer)).reshape(-1, length)
+    tokens = np.pad(stream, (0, padding), constant_values=padding_id(tokenizer)).reshape(-1, length)
     documents_of = np.pad(document_ids, (0, padding), constant_values=-1).reshape(-1, length)
-    sequence_ids = [_content_hash(row[real]) for row, real in zip(tokens, mask, strict=True)]
+    sequence_ids = [content_hash(row[real]) for row, real in zip(tokens, mask, strict=True)]
     return TensorDict(
         {
             TOKENS: torch.from_numpy(tokens),
@@ -121,7 +121,7 @@ def _tokenise(
     return np.concatenate(pieces), np.repeat(np.arange(len(pieces)), lengths)
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any valid token serves, since the mask tells what is padding."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -129,7 +129,7 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def _content_hash(tokens: np.ndarray) -> int:
+def content_hash(tokens: np.ndarray) -> int:
     """63 bits of a hash of the tokens, so that it fits an int64 as a non-negative number."""
     digest = hashlib.sha256(tokens.astype("<i8").tobytes()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

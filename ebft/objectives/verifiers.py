@@ -175,7 +175,8 @@ def verifier(
             reward of one rollout may depend on the others. What a baseline makes of the others' rewards then depends on
             the rollout that it corrects, so that no estimator but "none" is unbiased for such a reward.
         estimator: of ``baselines.advantage``.
-        by: entry [B] of int64 that tells sequences apart.
+        by: entry [B] of int64 that tells sequences apart: their ids, or ``schema.EXAMPLE`` of rows of prompts, which
+            also tells apart those with equal prompts.
     """
 
     def rewards(texts: list[str], right: list[Any], count: int) -> Tensor:

@@ -40,7 +40,7 @@ def strided(
     if stride < 1:
         raise UsageError(f"stride={stride}: expected a whole number >= 1")
     context, valid = _candidates(mask, first, horizon, answer_mask, document_ids)
-    return _collect(valid & ((context - first) % stride == 0), mask, first, horizon)
+    return _collect(valid & ((context - first) % stride == 0), mask, first, horizon, answer_mask)
 
 
 def random(
@@ -67,7 +67,7 @@ def random(
     rows = [torch.rand(length, generator=g, dtype=torch.float64) for g in generators]
     key = torch.stack(rows).to(mask.device).masked_fill(~valid, -1.0)
     chosen = torch.zeros_like(valid).scatter(1, key.topk(min(count, key.shape[1]), 1).indices, True)
-    return _collect(chosen & valid, mask, first, horizon)
+    return _collect(chosen & valid, mask, first, horizon, answer_mask)
 
 
 def single(prompt_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,10 +126,16 @@ def _candidates(mask, first, horizon, answer_mask, document_ids):
     return context, fits & (context >= first)
 
 
-def _collect(chosen: torch.Tensor, mask: torch.Tensor, first: int, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _collect(chosen, mask, first, horizon, answer_mask) -> tuple[torch.Tensor, torch.Tensor]:
     """[B,T] bool -> the chosen places of each row in order, padded to the longest row with 1."""
     counts = chosen.sum(1)
     width = int(counts.max()) if counts.numel() else 0
+    if width == 0 and answer_mask is not None:
+        raise UsageError(
+            f"no room for an anchor: no answer has a target of horizon={horizon} tokens with first={first} tokens of"
+            f" context before it. The longest answers of a row are {int((mask & answer_mask).sum(1).max())} tokens in"
+            " all. Give longer answers, a smaller first or a smaller horizon."
+        )
     if width == 0:
         raise UsageError(
             f"no room for an anchor: first={first} context tokens and horizon={horizon} target tokens need"
