@@ -1,4 +1,8 @@
-"""Writing files and folders so that a reader, or a run that was killed, never meets half of one."""
+"""Writing files and folders so that a reader, or a run that was killed, never meets half of one.
+
+What is written is on the disk (fsync of the files and of the folders that name them) before it gets its name, so that
+a power failure leaves the old content or the new one as well.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -71,16 +76,19 @@ def write_json(path: Path, value: Any) -> None:
 def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary sibling, then rename it to `path`, replacing a folder that was there.
 
+    Killed between the two renames of a replacement, it leaves the old folder for `clean_up` to put back.
+
     Raises:
         UsageError: the disk is full or may not be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    old = path.with_name(f".{path.name}.old")
+    temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
     with clear_disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
             fill(temporary)
+            for part in (*temporary.rglob("*"), temporary):
+                sync(part)
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
@@ -90,6 +98,93 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
                 if old.exists():
                     old.rename(path)
                 raise
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that has a meaning while it has its name: it loses the name first, then its content."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    path.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each on the disk with its name."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # which cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # a file system without fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_LEFT_OVER = re.compile(r"\.(?P<name>.+?)(\.\d+)?\.(?P<kind>tmp|old)")
+
+
+def left_overs(folder: Path) -> list[Path]:
+    """What writers that were killed left in `folder`; none where there is no such folder."""
+    return sorted(path for path in folder.glob(".*") if _LEFT_OVER.fullmatch(path.name))
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what killed writers left in `folder`, and put back what one of them was about to replace.
+
+    Nobody else may be writing there: hold its `exclusive` lock.
+    """
+    for path in left_overs(folder):
+        match = _LEFT_OVER.fullmatch(path.name)
+        assert match is not None
+        if match["kind"] == "old" and not (folder / match["name"]).exists():
+            path.rename(folder / match["name"])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`; the lock leaves no file and ends with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder} is in use by another process that runs there: wait for it, or stop it"
+            ) from error
+        except OSError:  # a file system without locks of folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

@@ -16,7 +16,7 @@ from ebft.policy import CausalPolicy
 def tiny_options(folder, text):
     """The command line's options with their defaults, but for a tiny run."""
     parameters = inspect.signature(cli.run).parameters
-    defaults = {name: p.default for name, p in parameters.items() if name not in ("context", "out", "resume")}
+    defaults = {name: p.default for name, p in parameters.items() if name not in ("context", "out", "resume", "force")}
     return defaults | {
         "policy": str(folder), "data": str(text), "device": "cpu", "dtype": "float32", "lora": 0,
         "length": 32, "stride": 9, "first": 5, "horizon": 4, "rollouts": 3, "features": "hidden", "steps": 6,
@@ -24,9 +24,9 @@ def tiny_options(folder, text):
     }  # fmt: skip
 
 
-def go(options, out, *, resume=False, explicit=()):
+def go(options, out, *, resume=False, force=False, explicit=()):
     console = Console(file=io.StringIO())
-    run_from_options(options, explicit=set(explicit), out=out, resume=resume, console=console)
+    run_from_options(options, explicit=set(explicit), out=out, resume=resume, force=force, console=console)
     return console.file.getvalue()
 
 

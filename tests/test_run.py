@@ -23,7 +23,8 @@ from ebft.policy import CausalPolicy
 from tests.models import independent_score, plain_logits
 from tests.runs import go, metrics, parts
 
-FILES = {"config.json", "metrics.csv", "samples.md", "samples.json", "evaluation.json", "report.html", "report.png"}
+RECORDS = {"config.json", "metrics.csv", "rewards.csv", "evaluation.json"}
+FILES = {*RECORDS, "samples.md", "samples.json", "report.html", "report.png"}
 
 
 def measured(out):

@@ -22,7 +22,7 @@ _AT_LEAST = {
         ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
     ),
     **dict.fromkeys(("length", "held_out"), 2),
-    **dict.fromkeys(("save_every", "updates"), 1),
+    **dict.fromkeys(("save_every", "keep", "updates"), 1),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 
 from ebft import __version__
 from ebft.errors import UsageError
+from ebft.files import write_json
 
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
 
@@ -22,17 +24,96 @@ def versions() -> dict[str, str]:
     return {"ebft": __version__, **{name: version(name) for name in PACKAGES}}
 
 
-def stored_options(out: Path, options: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """The options of the run in `out`; refuses those in `explicit` that differ."""
+# Options that leave the held-out measurement of the start what it is.
+_TRAINING_ALONE = {
+    *("steps", "batch", "micro_batch", "checkpointing", "lr", "save_every", "keep", "logger"),
+    *("pg", "clip", "updates", "truncate_weights", "pg_weight", "pg_schedule", "ce", "ce_tokens", "ce_schedule"),
+}
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The `config.json` of the run in `out`.
+
+    Raises:
+        UsageError: it is not that of a run.
+    """
     try:
-        stored = json.loads((out / "config.json").read_text())["options"]
+        config = json.loads((out / "config.json").read_text())
+        dict(config["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--resume: {out / 'config.json'} does not hold the options of a run") from error
-    changed = {name: options[name] for name in explicit if options[name] != stored.get(name)}
-    if changed:
+    return config
+
+
+def resumed_options(
+    out: Path, stored: Mapping[str, Any], options: Mapping[str, Any], explicit: set[str], *, force: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that the run in `out` goes on with, and those among them that are new.
+
+    Args:
+        stored: the options of that run.
+        explicit: which of `options` were given; the others do not count.
+
+    Raises:
+        UsageError: an option differs, without `force`.
+    """
+    changed = {name: options[name] for name in sorted(explicit) if options[name] != stored.get(name)}
+    if changed and not force:
         differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored.get(k)})" for k, v in changed.items())
-        raise UsageError(f"--resume goes on with the options of {out}, but {differences}: leave them out")
-    return {**options, **stored}
+        raise UsageError(
+            f"--resume goes on with the options of {out}, but {differences}: leave them out, or go on with the new ones"
+            " with --force"
+        )
+    return {**options, **stored, **changed}, changed
+
+
+def check_same_text(out: Path, stored: Mapping[str, Any], found: Mapping[str, Any], *, force: bool) -> bool:
+    """Whether the sequences that a run goes on with are those that it began with; both as `sequences` in its config.
+
+    Raises:
+        UsageError: they are not, without `force`.
+    """
+    if stored == found:
+        return True
+    if not force:
+        raise UsageError(
+            f"--resume: --data is not the text that {out} began with (sequences: {dict(found)}, were {dict(stored)})."
+            " Bring it back, or go on with the new text with --force"
+        )
+    return False
+
+
+def record_changes(
+    out: Path, old: Mapping[str, Any], new: dict[str, Any], changed: set[str], *, step: int
+) -> dict[str, Any]:
+    """Write the config that a run goes on with, with a record of what was changed at which step.
+
+    Where the start would now be measured otherwise, its measurement is removed first, to be made again.
+    """
+    entry = {
+        "from_step": step,
+        "options": {name: {"was": old["options"].get(name), "now": new["options"][name]} for name in sorted(changed)},
+        "sequences": {"was": old.get("sequences"), "now": new["sequences"]},
+    }
+    if old.get("sequences") == new["sequences"]:
+        del entry["sequences"]
+    if not changed <= _TRAINING_ALONE or "sequences" in entry:
+        (out / "before.json").unlink(missing_ok=True)
+    config = {**new, "changes": [*old.get("changes", ()), entry]}
+    write_json(out / "config.json", config)
+    return config
+
+
+def version_changes(stored: Mapping[str, Any]) -> str:
+    """Packages whose version is not that in `stored`, in words; empty when there is none."""
+    now = versions()
+    changed = [name for name in now if stored.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} {now[name]} (was {stored[name]})" for name in changed)
+
+
+def fingerprint(sequence_ids: torch.Tensor) -> str:
+    """Of rows [M] in their order, from their content hashes."""
+    return hashlib.sha256(sequence_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,16 @@ from tensordict import TensorDictBase
 
 from ebft import schema
 from ebft.assemble.checks import GROUPS, resolve_run
-from ebft.assemble.config import machine, stored_options, versions
+from ebft.assemble.config import (
+    check_same_text,
+    fingerprint,
+    machine,
+    read_config,
+    record_changes,
+    resumed_options,
+    version_changes,
+    versions,
+)
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.policy import load_policy
@@ -23,29 +32,41 @@ from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
-from ebft.files import write_json
+from ebft.files import exclusive, write_json
 from ebft.loops.calibrate import calibrate
+from ebft.loops.checkpoint import newest, step_of
 from ebft.loops.run import open_folder, run
 
 
 def run_from_options(
-    options: Mapping[str, Any], *, explicit: set[str], out: Path | None, resume: bool, console: Console
+    options: Mapping[str, Any],
+    *,
+    explicit: set[str],
+    out: Path | None,
+    resume: bool,
+    console: Console,
+    force: bool = False,
 ) -> None:
     """Check the options, assemble the parts, run.
 
     Args:
         options: those of the command line, by parameter name.
         explicit: which of them the user gave; with `resume` the others are those of the run in `out`.
+        force: with `resume`, go on with options that differ from those of the run, and with another text.
 
     Raises:
         UsageError: any bad input, before anything is written.
     """
-    options = dict(options)
+    options, stored = dict(options), {}
+    changed: dict[str, Any] = {}
+    if force and not resume:
+        raise UsageError("--force goes with --resume: it goes on with a run under other options")
     if resume:
         if out is None:
             raise UsageError("--resume needs --out, the folder of the run to go on with")
         open_folder(out, resume=True)
-        options = stored_options(out, options, explicit)
+        stored = read_config(out)
+        options, changed = resumed_options(out, stored["options"], options, explicit, force=force)
     resolved = resolve_run(options)
     name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -73,11 +94,21 @@ def run_from_options(
         "components": {group: {"name": options[group], **resolved[group]} for group in GROUPS},
         "versions": versions(),
         "machine": machine(policy.device),
-        "sequences": {"training": len(train_rows), "held_out": len(held_rows)},
+        "sequences": {
+            "training": len(train_rows),
+            "held_out": len(held_rows),
+            "fingerprint": fingerprint(torch.cat([rows[schema.SEQUENCE_IDS] for rows in (train_rows, held_rows)])),
+        },
     }
     if not resume:
         open_folder(out, resume=False)
         write_json(out / "config.json", config)
+    elif not check_same_text(out, stored.get("sequences", {}), config["sequences"], force=force) or changed:
+        with exclusive(out):
+            path = newest(out / "checkpoints", warn=console.print)
+            record_changes(out, stored, config, set(changed), step=step_of(path) if path else 0)
+    if other := version_changes(stored.get("versions", {})):
+        console.print(f"other versions than at the start, so numbers may differ in their last digits: {other}")
     whitenings = {name: v for name, v in values.items() if isinstance(v, PopulationWhitening)}
     observers = [partial(_observe, whitening) for whitening in whitenings.values()]
     if whitenings:
@@ -107,6 +138,7 @@ def run_from_options(
         seed=options["seed"],
         scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
         save_every=options["save_every"],
+        keep=options["keep"],
         controller=build_controller(options),
         stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},
         training={

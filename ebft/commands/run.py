@@ -201,7 +201,11 @@ def run(
     held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     out: Annotated[Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
     resume: Annotated[bool, option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
+    force: Annotated[
+        bool, option(OUTPUT, "With --resume: go on with the options given here, though they differ.", "--force")
+    ] = False,
     save_every: Annotated[int, option(OUTPUT, "Steps between checkpoints.")] = 10,
+    keep: Annotated[int, option(OUTPUT, "Newest checkpoints that are kept; two survive damage to one.")] = 2,
 ) -> None:
     """Fine-tune a policy by feature matching and measure what that did to held-out text.
 
@@ -215,5 +219,5 @@ def run(
 
     logging.disable_progress_bar()
 
-    options, explicit = given_options(context, besides=("out", "resume"))
-    run_from_options(options, explicit=explicit, out=out, resume=resume, console=Console())
+    options, explicit = given_options(context, besides=("out", "resume", "force"))
+    run_from_options(options, explicit=explicit, out=out, resume=resume, force=force, console=Console())

@@ -1,27 +1,32 @@
 """Checkpoints: everything that determines the future of a run, complete or absent.
 
-A checkpoint is a folder `step-000040` with the trained weights (safetensors), the optimizer's and scheduler's state
-and a manifest with the SHA-256 of each file. It is written beside its final name and renamed; all random numbers of
-a run are keyed by its seed and step, so there is no generator to save.
+A checkpoint is a folder `step-000040` with the trained weights (safetensors), the states of the optimizer and of every
+other part that has one, and a manifest with the SHA-256 of each file. It is written beside its final name and renamed.
+
+A checkpoint says what was reached, the options say how it goes on: hyperparameters are those of the optimizer that is
+restored into, and the scheduler is a function of the step. All random numbers of a run, and its order of the data, are
+keyed by its seed and step, so there is no generator and no position to save but the step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from warnings import catch_warnings, simplefilter
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ebft.errors import UsageError
-from ebft.files import write_folder_atomically, write_json
+from ebft.files import remove_folder, write_folder_atomically, write_json
 from ebft.policy import CausalPolicy
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _KIND = "manifest.json", "kind of optimizer"
+_NAME = re.compile(r"step-\d+")
 
 
 class Stateful(Protocol):
@@ -38,13 +43,13 @@ def save(
     *,
     policy: CausalPolicy,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     stateful: Mapping[str, Stateful] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`.
+    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep` up to it.
 
-    `stateful` are the other parts with a state, by name.
+    `stateful` are the other parts with a state, by name. Checkpoints of later steps are removed too: they are of a
+    future that was given up, damaged as a rule.
 
     Raises:
         UsageError: no disk space; the checkpoints that were there are untouched.
@@ -54,16 +59,30 @@ def save(
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable().items()}
         save_file(weights, target / "weights.safetensors")
         with open(target / "optimizer.pt", "wb") as file:  # a file of ours, so that a full disk is told as such
-            states: dict[str, Stateful] = {"optimizer": optimizer, "scheduler": scheduler, **(stateful or {})}
-            torch.save({name: part.state_dict() for name, part in states.items()}, file)
+            states: dict[str, Stateful] = {"optimizer": optimizer, **(stateful or {})}
+            kind = {_KIND: type(optimizer).__name__}
+            torch.save({**kind, **{name: part.state_dict() for name, part in states.items()}}, file)
         hashes = {path.name: _sha256(path) for path in sorted(target.iterdir())}
         write_json(target / _MANIFEST, {"step": step, "sha256": hashes})
 
     path = folder / f"step-{step:06d}"
     write_folder_atomically(path, fill)
-    for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+    others = [other for other in _checkpoints(folder) if other != path]
+    kept = [other for other in others if step_of(other) < step][: keep - 1]
+    for other in others:
+        if other not in kept:
+            remove_folder(other)
     return path
+
+
+def newest(folder: Path, *, warn: Callable[[str], Any] = print) -> Path | None:
+    """The newest intact checkpoint of `folder`, None when there is none; the damaged ones after it are named."""
+    for path in _checkpoints(folder):
+        damage = _damage(path)
+        if not damage:
+            return path
+        warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
+    return None
 
 
 def restore(
@@ -73,50 +92,85 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     stateful: Mapping[str, Stateful] | None = None,
-    warn=print,
+    warn: Callable[[str], Any] = print,
 ) -> int:
     """Load the newest intact checkpoint of `folder` and return its step; 0, and nothing loaded, when there is none.
 
-    A damaged checkpoint is named through `warn` and the one before it is used.
+    A damaged checkpoint is named through `warn` and the one before it is used. A part whose state is not there, or is
+    that of another kind of part, starts anew and is named through `warn`: so it is after a change of options.
+
+    Args:
+        optimizer, scheduler: newly made, with the hyperparameters to go on with.
 
     Raises:
-        UsageError: the checkpoint is of another model (its weights have other names or shapes).
+        UsageError: the checkpoint is of another model (its weights have other names or shapes), or the scheduler is
+            beyond its step.
     """
-    for path in _checkpoints(folder):
-        damage = _damage(path)
-        if damage:
-            warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
-            continue
-        weights, trainable = load_file(path / "weights.safetensors"), policy.trainable()
-        found = {name: list(tensor.shape) for name, tensor in weights.items()}
-        wanted = {name: list(parameter.shape) for name, parameter in trainable.items()}
-        if found != wanted:
-            different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            raise UsageError(
-                f"checkpoint {path} is of another model: {len(different)} weights differ, as {different[0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(weights[name])
-        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        parts: dict[str, Stateful] = {"optimizer": optimizer, "scheduler": scheduler, **(stateful or {})}
-        for name, part in parts.items():
+    path = newest(folder, warn=warn)
+    if path is None:
+        return 0
+    step = step_of(path)
+    _load_weights(path, policy)
+    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    if state[_KIND] == type(optimizer).__name__:
+        optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
+            group.update(own)
+    else:
+        warn(f"checkpoint {path} is of the optimizer {state[_KIND]}: {type(optimizer).__name__} starts anew")
+    for name, part in (stateful or {}).items():
+        try:
             part.load_state_dict(state[name])
-        return int(json.loads((path / _MANIFEST).read_text())["step"])
-    return 0
+        except (KeyError, UsageError) as error:
+            warn(f"checkpoint {path} holds no state for this {name} ({error}): it starts anew")
+    _advance(scheduler, step)
+    return step
+
+
+def _load_weights(path: Path, policy: CausalPolicy) -> None:
+    weights, trainable = load_file(path / "weights.safetensors"), policy.trainable()
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: list(parameter.shape) for name, parameter in trainable.items()}
+    if found != wanted:
+        different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise UsageError(f"checkpoint {path} is of another model: {len(different)} weights differ, as {different[0]}")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
+
+
+def _advance(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
+    """Bring a scheduler to `step` through the same arithmetic as training does."""
+    if scheduler.last_epoch > step:
+        raise UsageError(f"the scheduler is at step {scheduler.last_epoch}, the checkpoint at {step}: make a new one")
+    with catch_warnings():
+        simplefilter("ignore", UserWarning)  # that no optimizer step came before
+        for _ in range(step - scheduler.last_epoch):
+            scheduler.step()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    folders = [path for path in folder.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of the checkpoint `path`."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
     try:
-        hashes = json.loads((path / _MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((path / _MANIFEST).read_text())
+        hashes, step = dict(manifest["sha256"]), manifest["step"]
+        _ = hashes["weights.safetensors"], hashes["optimizer.pt"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{_MANIFEST} cannot be read"
+    if step != step_of(path):
+        return f"{_MANIFEST} is of step {step}"
     for name, expected in hashes.items():
         if not (path / name).is_file():
             return f"{name} is missing"

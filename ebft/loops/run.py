@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +15,17 @@ from tensordict import TensorDictBase
 
 from ebft import schema
 from ebft.errors import UsageError
-from ebft.files import clear_disk_errors, write_atomically, write_json
+from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
 from ebft.loops.display import Display, result_table, stage_table, watch_line
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
+from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.report import write_report, write_samples
 from ebft.loops.train import NonFiniteLoss, Stage, train
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
-
-_TERMS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
-_WATCHED = ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
-_TIMES = ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step")
-COLUMNS = (*_TERMS, *_WATCHED, *_TIMES, "tokens_per_second")
 
 SAMPLED_PREFIXES = 4
 
@@ -62,6 +55,7 @@ def run(
     scoring: Mapping[str, Any],
     eval_batch: int = 8,
     save_every: int = 20,
+    keep: int = 2,
     controller: KLController | None = None,
     stateful: Mapping[str, checkpoint.Stateful] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -77,33 +71,32 @@ def run(
         data, held_out: rows of batch size [M], see `ebft.data.packing.pack`.
         reference: the frozen start of the policy.
         out: the run's folder, see `open_folder`.
-        save_every: steps between checkpoints.
+        save_every, keep: steps between checkpoints, and how many of them are kept.
 
     Returns:
         What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, and
         the time of each stage.
 
     Raises:
-        NonFiniteLoss: training stopped; the last good checkpoint is kept.
+        NonFiniteLoss: training stopped; the checkpoints are those of before.
+        UsageError: another process runs in `out`.
         Interrupted: Ctrl-C; the last finished step is saved, `--resume` goes on.
     """
     display = Display(console or Console())
-    states = {**(stateful or {}), **({} if controller is None else {"controller": controller})}
-    saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "stateful": states}
-    start = checkpoint.restore(out / "checkpoints", **saved, warn=display.console.print)
-    save = partial(checkpoint.save, out / "checkpoints")
+    history, checkpoints, training = History(out), out / "checkpoints", dict(training or {})
+    training["observers"] = [*training.get("observers", ()), history.observe]
+    states = {**(stateful or {}), "history": history, **({} if controller is None else {"controller": controller})}
+    saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "stateful": states}
     measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
-    with stop_requests() as stop:
+    with exclusive(out), stop_requests() as stop:
+        clean_up(out)
+        clean_up(checkpoints)
         before = _load_held(out)
         if before is None:
-            if start:
-                raise UsageError(
-                    f"{out} has checkpoints but no held-out measurement of the start: it cannot be resumed"
-                )
             before = _measure(policy, pipeline, display, "held-out before", stop, **measure)
             _save_held(out, before)
-
-        rows = _read_metrics(out, start)
+        start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
+        history.write()
         records = train(
             policy,
             pipeline,
@@ -118,17 +111,17 @@ def run(
             reference=reference,
             scoring=scoring,
             controller=controller,
-            **(training or {}),
+            **training,
         )
-        step = start
+        saved_step = start
         try:
             for record in display.track(records, label="training", total=steps, done=start, describe=watch_line):
-                rows.append(record)
-                _write_metrics(out, rows)
+                history.append(record)
                 step = int(record["step"])
                 ended = controller is not None and controller.stopped
                 if step % save_every == 0 or step == steps or stop() or ended:
-                    save(step, **saved)
+                    checkpoint.save(checkpoints, step, keep=keep, **saved)
+                    saved_step = step
                 if ended:
                     display.console.print(f"training ends after step {step}: divergence {record['kl']:.4g} (--kl-stop)")
                 if stop() and step < steps:
@@ -136,21 +129,20 @@ def run(
                     raise Interrupted(
                         f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
                     )
-        except NonFiniteLoss:
-            if step:
-                save(step, **saved)  # the weights are still those of the last good step
-            raise
-
+        except NonFiniteLoss as error:
+            kept = f"The checkpoint of step {saved_step} is kept." if saved_step else "There is no checkpoint yet."
+            raise NonFiniteLoss(f"{error} {kept}") from error
         after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)
-    result = _result(before, after, rows, held_out)
-    write_json(out / "evaluation.json", result)
-    samples = [
-        {**s, "after": later["before"]} for s, later in zip(before.samples, after.samples, strict=True)
-    ]  # "before" of the later measurement is what came after
-    write_json(out / "samples.json", samples)
-    write_samples(samples, out / "samples.md")
-    policy.save_pretrained(out / "policy")
-    write_report(out)
+
+        result = _result(before, after, history.rows, held_out)
+        write_json(out / "evaluation.json", result)
+        samples = [
+            {**s, "after": later["before"]} for s, later in zip(before.samples, after.samples, strict=True)
+        ]  # "before" of the later measurement is what came after
+        write_json(out / "samples.json", samples)
+        write_samples(samples, out / "samples.md")
+        policy.save_pretrained(out / "policy")
+        write_report(out)
     _print_result(display.console, result, out)
     return result
 
@@ -163,14 +155,17 @@ def open_folder(out: Path, *, resume: bool) -> None:
     """
     if resume:
         if not (out / "config.json").is_file():
-            raise UsageError(f"--resume: {out} holds no run (no config.json). Give the run's folder with --out")
+            raise UsageError(
+                f"--resume: {out} holds no run (no config.json). Give the run's folder with --out; a run that was"
+                " stopped before its first file starts again without --resume"
+            )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(left_overs(out))):
         raise UsageError(
             f"--out {out} exists and is not empty. Choose another folder, or --resume to go on with that run"
         )
     with clear_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
 
 
 def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, scoring, reference=None) -> Held:
@@ -272,20 +267,3 @@ def _load_held(out: Path) -> Held | None:
         for name, (total, count) in stored["sums"].items()
     }
     return Held(sums, stored["samples"])
-
-
-def _read_metrics(out: Path, start: int) -> list[dict]:
-    """The rows up to step `start`; later ones were not saved in a checkpoint and will be computed again."""
-    if not start:
-        return []
-    with open(out / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-
-
-def _write_metrics(out: Path, rows: list[dict]) -> None:
-    own = {name: None for row in rows for name in row if name not in COLUMNS}  # a user's own stages have times too
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*COLUMNS, *own], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "metrics.csv", text.getvalue().encode())

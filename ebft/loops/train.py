@@ -249,7 +249,4 @@ def _add(terms: dict[str, float], more: Mapping[str, float]) -> None:
 def _refuse_non_finite(terms: Mapping[str, float], step: int) -> None:
     for name, value in terms.items():
         if value != value or value in (float("inf"), float("-inf")):
-            raise NonFiniteLoss(
-                f"step {step + 1}: {name} is {value}. The weights of step {step} are kept."
-                " Try a smaller --lr, or --dtype float32."
-            )
+            raise NonFiniteLoss(f"step {step + 1}: {name} is {value}. Try a smaller --lr, or --dtype float32.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from ebft.errors import UsageError
@@ -44,10 +44,10 @@ class ConstantKL:
         return self.coefficient
 
     def state_dict(self) -> dict[str, Any]:
-        return {"coefficient": self.coefficient}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coefficient = state["coefficient"]
+        """Nothing to load: the coefficient is an option, not a state."""
 
 
 @dataclass
@@ -99,6 +99,7 @@ class StopAbove:
     Args:
         controller: sets the coefficient as long as training goes on.
         limit: in nats, above 0, normalised as the measured one.
+        highest: divergence measured so far, which is the state; a run stopped by it goes on under a higher limit.
 
     Raises:
         UsageError: a limit that is not a number above 0.
@@ -106,7 +107,7 @@ class StopAbove:
 
     controller: KLController
     limit: float
-    stopped: bool = False
+    highest: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.limit) and self.limit > 0):
@@ -116,13 +117,17 @@ class StopAbove:
     def coefficient(self) -> float:
         return self.controller.coefficient
 
+    @property
+    def stopped(self) -> bool:
+        return self.highest > self.limit
+
     def update(self, kl: float) -> float:
-        self.stopped = self.stopped or not kl <= self.limit  # a divergence that is not a number stops too
+        self.highest = max(self.highest, kl if kl <= math.inf else math.inf)  # one that is not a number stops too
         return self.coefficient if self.stopped else self.controller.update(kl)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"controller": self.controller.state_dict(), "stopped": self.stopped}
+        return {"controller": self.controller.state_dict(), "highest": self.highest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.controller.load_state_dict(state["controller"])
-        self.stopped = state["stopped"]
+        self.highest = state["highest"]

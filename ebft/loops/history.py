@@ -1,0 +1,103 @@
+"""The metrics of a run so far, in memory, in its checkpoints, and as `metrics.csv` and `rewards.csv` in its folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from ebft import schema
+from ebft.files import clear_disk_errors, write_atomically
+
+_TERMS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
+_WATCHED = ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
+_TIMES = ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step")
+COLUMNS = (*_TERMS, *_WATCHED, *_TIMES, "tokens_per_second")
+
+METRICS, REWARDS = "metrics.csv", "rewards.csv"
+REWARDS_KEPT = 32
+
+
+class History:
+    """One row of metrics a step, and the distribution of its rewards.
+
+    The files are always those of the rows in memory: a new row is appended, and a state that is loaded, as a resumed
+    run does, replaces what the files held. They are there for reading; a run goes on from its checkpoint alone.
+    """
+
+    def __init__(self, folder: Path):
+        self.rows: list[dict[str, float]] = []
+        self._rewards: list[list[float]] = []  # first the step
+        self._seen: list[float] = []
+        self._folder = folder
+        self._columns: list[str] = []
+
+    def observe(self, td: TensorDictBase) -> None:
+        """Remember the rewards of a batch for the row that will be appended."""
+        reward = td.get(schema.REWARD, None)
+        self._seen = [] if reward is None else order_statistics(reward, td[schema.ANCHOR_MASK])
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add the row of one step to both files.
+
+        Raises:
+            UsageError: the disk is full or may not be written.
+        """
+        self.rows.append(dict(row))
+        if set(row) <= set(self._columns):
+            _append(self._folder / METRICS, [row.get(name, "") for name in self._columns])
+        else:  # the first row with a stage of the user's own, or with a term that a schedule has just turned on
+            self._write_metrics()
+        if self._seen:
+            self._rewards.append([row["step"], *self._seen])
+            _append(self._folder / REWARDS, self._rewards[-1])
+            self._seen = []
+
+    def write(self) -> None:
+        """Write both files anew."""
+        self._write_metrics()
+        header = ["step", *(f"reward_{i}" for i in range(REWARDS_KEPT))]
+        write_atomically(self._folder / REWARDS, _csv([header, *self._rewards]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": [dict(row) for row in self.rows], "rewards": [list(row) for row in self._rewards]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; `write` brings the files in line with it."""
+        self.rows, self._rewards = state["rows"], state["rewards"]
+
+    def _write_metrics(self) -> None:
+        self._columns = list(dict.fromkeys([*COLUMNS, *(name for row in self.rows for name in row)]))
+        lines = [[row.get(name, "") for name in self._columns] for row in self.rows]
+        write_atomically(self._folder / METRICS, _csv([self._columns, *lines]))
+
+
+def order_statistics(reward: torch.Tensor, anchor_mask: torch.Tensor, *, count: int = REWARDS_KEPT) -> list[float]:
+    """At most `count` of the sorted rewards, evenly spaced in rank: each stands for an equal share of the rollouts.
+
+    Args:
+        reward: [B,K,N], or [B,K,N,G] which is summed over the tokens.
+        anchor_mask: [B,K].
+    """
+    per_rollout = reward.sum(-1) if reward.ndim == 4 else reward
+    values = per_rollout[anchor_mask].flatten().float().sort().values.cpu()
+    if len(values) > count:
+        values = values[((torch.arange(count) + 0.5) * len(values) / count).long()]
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _csv(lines: list[list[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()
+
+
+def _append(path: Path, line: list[Any]) -> None:
+    with clear_disk_errors(path), open(path, "ab", buffering=0) as file:
+        file.write(_csv([line]))
