@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from ebft.layout import NestedPrefixLayout
 Forward = Callable[[torch.Tensor, torch.Tensor], dict[int, torch.Tensor]]
 
 TOKENS_PER_PASS = 4096
+
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -45,7 +48,7 @@ def row_states(
     trunk_size, tooth_size = tokens.numel(), teeth.numel()
     index: dict[str, list[torch.Tensor]] = {"trunk": [], "teeth": []}
     parts: dict[int, dict[str, list[torch.Tensor]]] = {}
-    for batch in _batches(rows):
+    for batch in batches_by_length(rows, lambda row: len(row.tokens)):
         padded = torch.nn.utils.rnn.pad_sequence([row.tokens for row in batch], batch_first=True)
         lengths = torch.tensor([len(row.tokens) for row in batch], device=tokens.device)
         real = torch.arange(padded.shape[1], device=tokens.device) < lengths[:, None]
@@ -93,12 +96,13 @@ def _rollouts(layout: NestedPrefixLayout, tokens: torch.Tensor, teeth: torch.Ten
             yield _Row(torch.cat([context, teeth[b, k, n]]), len(context), ("teeth", place))
 
 
-def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows of similar length together, at most `TOKENS_PER_PASS` tokens (or one row) at a time."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens)):
-        if batch and (len(batch) + 1) * len(row.tokens) > TOKENS_PER_PASS:
+def batches_by_length(rows: Sequence[Row], length: Callable[[Row], int]) -> Iterator[list[Row]]:
+    """Rows of similar length together, at most `TOKENS_PER_PASS` tokens with padding (or one row) at a time."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=length):
+        if batch and (len(batch) + 1) * length(row) > TOKENS_PER_PASS:
             yield batch
             batch = []
         batch.append(row)
-    yield batch
+    if batch:
+        yield batch

@@ -27,6 +27,13 @@ def test_mean_is_over_own_tokens_only():
     assert pooled.tolist() == [[3.5, -3.5], [11, -11], [0, 0]]
 
 
+def test_mean_with_context_weighs_all_tokens_alike():
+    """Context of 3 tokens that sum to [6, 0] before rollouts of 8, 3 and no tokens."""
+    context = torch.tensor([6.0, 0]).expand(3, 2), torch.tensor([3, 3, 3])
+    pooled = pooling.mean_with_context(numbered(3), prefix_mask(8, 3, 0), *context)
+    torch.testing.assert_close(pooled, torch.tensor([[34 / 11, -28 / 11], [39 / 6, -33 / 6], [0, 0]]))
+
+
 @pytest.mark.parametrize(
     ("length", "positions"), [(8, (1, 3, 5)), (4, (0, 1, 2)), (5, (1, 2, 3)), (2, (0, 0, 1)), (1, (0, 0, 0))]
 )

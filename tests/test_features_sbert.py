@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
 from ebft import assets
+from ebft.data.packing import batches
 from ebft.errors import UsageError
+from ebft.features import from_text_function
 from ebft.features.sbert import sbert
 from ebft.features.text import continuation_texts
 from tests.test_features_contract import LetterEncoder, Letters, make_batch
@@ -94,6 +97,37 @@ def test_targets_are_embedded_once_across_epochs_and_change_nothing():
     assert all(map(torch.equal, first, again))
 
 
+def test_two_epochs_embed_every_target_text_once():
+    """Rows come in another order and other batches in the second epoch; the rollouts are new each time."""
+    tokens = torch.randint(2, 29, (6, 20), generator=torch.Generator().manual_seed(0))
+    data = TensorDict({"tokens": tokens}, batch_size=[6])
+    anchors = torch.tensor([[3, 8, 13]] * 2)
+    goals = tokens.unfold(1, 4, 1)[:, [3, 8, 13]]  # [6,3,4]
+    written = {"".join(chr(95 + i) for i in ids) for ids in goals.flatten(0, 1).tolist()}
+    assert len(written) == 18
+    encoder = LetterEncoder()
+    feature_map = sbert(encoder, Letters(), cached_texts=18)
+    random, yes = torch.Generator().manual_seed(1), torch.ones(2, 3, dtype=torch.bool)
+    orders = []
+    for step, rows in zip(range(6), batches(data, batch_size=2, seed=0), strict=False):
+        if step == 3:
+            first_epoch = [text for call in encoder.asked for text in call if text in written]
+            encoder.asked.clear()
+        goal = rows["tokens"].unfold(1, 4, 1)[:, [3, 8, 13]]
+        orders.append(rows["tokens"][:, 0].tolist())
+        drawn = torch.randint(2, 29, (2, 3, 4, 4), generator=random)
+        everything = torch.ones_like(drawn, dtype=torch.bool)
+        feature_map(
+            rows["tokens"], rows["tokens"] > 0, anchors, yes, drawn, everything, goal, everything[:, :, 0]
+        )  # fmt: skip
+    second_epoch = [text for call in encoder.asked for text in call]
+    assert orders[:3] != orders[3:]
+    assert sorted(first_epoch) == sorted(written)
+    assert len(encoder.asked) == 3  # the rollouts of each batch
+    assert not written & set(second_epoch)
+    assert feature_map._cached == 18
+
+
 def test_what_is_embedded_together_does_not_depend_on_what_is_remembered():
     """A resumed run starts with nothing remembered: its calls of the encoder must contain the same strings."""
 
@@ -175,6 +209,23 @@ def test_context_that_pushes_the_continuation_out_is_refused():
 def test_options_out_of_range(options, message):
     with pytest.raises(UsageError, match=message):
         sbert(LetterEncoder(), Letters(), **options)
+
+
+class Refusing:
+    def decode(self, ids, **options):
+        raise OverflowError("can't convert negative int to unsigned")
+
+
+@pytest.mark.parametrize("tokenizer", [None, object()])
+def test_a_tokenizer_that_cannot_decode_is_refused_at_once(tokenizer):
+    for make in (lambda: sbert(LetterEncoder(), tokenizer), lambda: from_text_function(len, tokenizer)):
+        with pytest.raises(UsageError, match=r"cannot decode.*decode\(ids"):
+            make()
+
+
+def test_ids_that_a_tokenizer_cannot_decode_are_named():
+    with pytest.raises(UsageError, match=r"Refusing cannot decode the ids \[\d.*negative int"):
+        make_batch().embed(sbert(LetterEncoder(), Refusing()))
 
 
 def test_a_folder_that_is_no_sentence_transformer_is_refused(tmp_path):

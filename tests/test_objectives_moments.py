@@ -181,7 +181,7 @@ def test_one_rollout() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"alignment='cos'.*'dot' or 'cosine'"):
+    with pytest.raises(UsageError, match=r"alignment='cos'.*'dot', 'cosine', 'unit_target'"):
         feature_matching_reward(draw(2, 3, 4), draw(2, 4), alignment="cos")
     with pytest.raises(UsageError, match=r"\[2, 3, 4\].*\[3, 4\]"):
         feature_matching_reward(draw(2, 3, 4), draw(3, 4))

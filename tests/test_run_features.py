@@ -10,9 +10,10 @@ from ebft import schema
 from ebft.assemble import build_values
 from ebft.components import GROUPS, choose, resolve_options
 from ebft.errors import UsageError
-from ebft.features.whitening import PopulationWhitening
+from ebft.features.whitening import PopulationWhitening, whiten
 from ebft.loops.train import at_step
 from ebft.objectives.moments import moment_values
+from ebft.objectives.scores import rollout_scores, token_scores
 from tests.runs import go, metrics, parts
 
 PER_TOKEN = {"pooling": "none", "credit": "reward_to_go"}
@@ -29,6 +30,12 @@ PER_TOKEN = {"pooling": "none", "credit": "reward_to_go"}
         {"whitening": "population", "decay": 0.9, "rank": 4, "centred": True, "objective": "kernel_score"},
         {"backbone": "random", "layers": "mean", "unit_norm": "joint", "pooling": "mean"},
         PER_TOKEN,
+        PER_TOKEN | {"whitening": "population", "decay": 0.9},
+        {"pooling": "mean_with_context"},
+        {"pooling": "concat_quantiles"},
+        {"pooling": "concat_all"},
+        {"whitening": "group", "alignment": "unit_target"},
+        {"whitening": "group", "objective": "kernel_score", "kernel": "cosine"},
         PER_TOKEN | {"credit": "total", "pg": "clipped", "updates": 2, "truncate_weights": 2.0},
         PER_TOKEN | {"credit": "own", "normalize_advantage": True, "drop_zero_spread": True, "whitening": "group"},
     ],
@@ -71,6 +78,53 @@ def test_a_moment_never_holds_the_rollouts_that_it_whitens(options):
     fresh = PopulationWhitening(lambda r, t, *, mask: moment_values(r, t), decay=1.0)
     fresh.load_state_dict(state)
     torch.testing.assert_close(fresh(batches[2], goals[2], mask=mask)[1], whitening(batches[2], goals[2], mask=mask)[1])
+
+
+def test_the_moment_of_tokens_is_that_of_all_there_are():
+    """Features per token: one moment of the tokens under the masks, used at every position."""
+    random = torch.Generator().manual_seed(0)
+    rollout, goal = (torch.randn(2, 3, *shape, 5, generator=random) for shape in ((4, 6), (6,)))
+    rollout_mask = torch.arange(6) < torch.randint(1, 7, (2, 3, 4, 1), generator=random)
+    target_mask = torch.arange(6) < torch.randint(1, 7, (2, 3, 1), generator=random)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    whitening = PopulationWhitening(lambda r, t, *, mask: moment_values(r, t), shrinkage=0.0)
+    with pytest.raises(UsageError, match=r"expected rollout_mask \[2, 3, 4, 6\] and target_mask \[2, 3, 6\]"):
+        whitening.observe(rollout, goal, mask)
+    noise = torch.where(rollout_mask[..., None], rollout, torch.nan)
+    whitening.observe(noise, torch.where(target_mask[..., None], goal, torch.nan), mask, rollout_mask, target_mask)
+    seen = torch.cat([rollout[mask][rollout_mask[mask]], goal[mask][target_mask[mask]]]).double()
+    inverse = torch.linalg.inv(seen.T @ seen / len(seen))
+    scores = token_scores(whitening, rollout, goal, mask)
+    inner = torch.einsum("bkngd,de,bkmge->bkgnm", rollout.double(), inverse, rollout.double())
+    aligned = torch.einsum("bkngd,de,bkge->bkng", rollout.double(), inverse, goal.double())
+    others = (inner.sum(-1) - inner.diagonal(dim1=-2, dim2=-1)).movedim(-2, -1)
+    torch.testing.assert_close(scores.reward.double(), 2 * aligned - 2 / 3 * others, rtol=1e-4, atol=1e-4)
+
+
+def test_variants_of_the_whitened_reward_by_name():
+    """(41), (49), (51) and (52) of the paper, by their formulas, from the components that the command line names."""
+    random = torch.Generator().manual_seed(0)
+    rollout, goal = torch.randn(1, 1, 4, 9, generator=random), torch.randn(1, 1, 9, generator=random)
+    rollout[0, 0, 3] = rollout[0, 0, 1]
+    phi, psi = (x.double() for x in whiten(rollout[0, 0], goal[0, 0]))
+    length, dots = phi.norm(dim=-1), phi @ phi.T
+    cosines = dots / length[:, None] / length
+    alike, alike_normalised = ((x.sum(-1) - x.diagonal()) * 2 / 3 for x in (dots, cosines))
+    aligned = 2 * phi @ psi
+    wanted = {
+        ("feature_matching", "alignment", "dot"): aligned - alike,
+        ("feature_matching", "alignment", "cosine"): aligned / length / psi.norm() - alike,
+        ("kernel_score", "kernel", "cosine"): aligned / length / psi.norm() - alike_normalised,
+        ("feature_matching", "alignment", "unit_target"): aligned / psi.norm() - alike,
+    }
+    torch.testing.assert_close(
+        alike_normalised, torch.tensor([0, 2 / 3, 0, 2 / 3], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    for (objective, option, value), reward in wanted.items():
+        chosen = {"objective": objective, "whitening": "group"}
+        values = build_values(chosen, resolve_options(chosen, {option: value}))[objective]
+        scores = rollout_scores(values, rollout, goal, torch.ones(1, 1, dtype=torch.bool))
+        torch.testing.assert_close(scores.reward[0, 0].double(), reward, rtol=1e-4, atol=1e-5)
 
 
 def test_joined_features_are_the_parts_side_by_side(options):
@@ -126,10 +180,14 @@ def test_a_backbone_by_folder_is_the_start_when_it_is_the_same_model(options):
         ({"pooling": "max"}, "pooling='max'"),
         ({"unit_norm": "batch"}, "normalization='batch'"),
         ({"backbone": "no/where"}, "no/where"),
+        ({"alignment": "cosin"}, "'dot', 'cosine', 'unit_target'"),
+        ({"features": "sbert", "encoder": "POLICY"}, "is no sentence-transformers model"),
     ],
     ids=str,
 )
 def test_mistakes_are_told_before_anything_is_written(options, tmp_path, chosen, message):
+    if chosen.get("encoder") == "POLICY":
+        chosen = chosen | {"encoder": options["policy"]}
     with pytest.raises(UsageError) as caught:
         go(options | chosen, tmp_path / "run")
     assert message in str(caught.value)

@@ -2,7 +2,7 @@
 
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_pipeline
+from ebft.assemble.pipeline import build_features, build_pipeline
 from ebft.assemble.policy import load_policy
 from ebft.assemble.reward import build_reward, build_values
 from ebft.assemble.rows import pack_data, read_data
@@ -12,6 +12,7 @@ from ebft.assemble.sample import sample_from_options
 __all__ = [
     "GROUPS",
     "build_controller",
+    "build_features",
     "build_loss",
     "build_pipeline",
     "build_reward",

@@ -69,8 +69,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")
     if options["credit"] is not None and not (per_token and options["features"] == "hidden"):
         raise UsageError(f"--credit {options['credit']} wants features per token: add --features hidden --pooling none")
-    if per_token and options["whitening"] == "population":
-        raise UsageError("--whitening population does not take features per token (--pooling none) yet; use group")
     if rollouts == 1 and options["whitening"] in ("group", "sample"):
         raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
 

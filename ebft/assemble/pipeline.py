@@ -7,10 +7,18 @@ from typing import Any
 
 from ebft.assemble.reward import build_reward, decoder
 from ebft.components import choose
-from ebft.features.contract import as_module
+from ebft.components.features import NotedMap
+from ebft.features.contract import FeatureMap, as_module
 from ebft.objectives.scores import Values
 from ebft.policy import CausalPolicy
 from ebft.samplers.component import sampler
+
+
+def build_features(
+    policy: CausalPolicy, reference: CausalPolicy, options: Mapping[str, Any], resolved: Mapping[str, Mapping]
+) -> NotedMap:
+    """The feature map, and what is to be said of it before training."""
+    return choose("features", options["features"]).build(policy, reference, **resolved["features"])
 
 
 def build_pipeline(
@@ -21,15 +29,15 @@ def build_pipeline(
     values: Mapping[str, Values] | None = None,
     *,
     answers: bool = False,
+    feature_map: FeatureMap | None = None,
 ) -> dict[str, Any]:
     """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
 
-    `values` are those of `build_values`, made here when left out. With `answers` the data carries `answer_mask`, and
+    `values` are those of `build_values`, `feature_map` is that of `build_features`, made here when left out. With `answers` the data carries `answer_mask`, and
     targets lie in answers alone.
     """
-    make = {group: choose(group, options[group]).build for group in ("sampler", "features")}
-    place, engine = make["sampler"](policy, horizon=options["horizon"], **resolved["sampler"])
-    feature_map = make["features"](policy, reference, **resolved["features"])
+    build_sampler = choose("sampler", options["sampler"]).build
+    place, engine = build_sampler(policy, horizon=options["horizon"], **resolved["sampler"])
     return {
         "sample": sampler(
             place,
@@ -41,6 +49,6 @@ def build_pipeline(
             top_p=options["top_p"],
             eos=policy.tokenizer.eos_token_id,
         ),
-        "embed": as_module(feature_map, documents=True),
+        "embed": as_module(feature_map or build_features(policy, reference, options, resolved).embed, documents=True),
         "reward": build_reward(options, resolved, decode=decoder(policy.tokenizer), values=values),
     }

@@ -26,7 +26,7 @@ from ebft.assemble.config import (
     versions,
 )
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_pipeline
+from ebft.assemble.pipeline import build_features, build_pipeline
 from ebft.assemble.policy import load_policy
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
@@ -78,7 +78,11 @@ def run_from_options(
     policy = load_policy(options)
     reference = policy.reference()
     values = build_values(options, resolved)
-    pipeline = build_pipeline(policy, reference, options, resolved, values, answers=data.answers)
+    features = build_features(policy, reference, options, resolved)
+    console.print(f"features: {features.note}", highlight=False, soft_wrap=True)
+    pipeline = build_pipeline(
+        policy, reference, options, resolved, values, answers=data.answers, feature_map=features.embed
+    )
     train_rows, held_rows = pack_data(data, policy.tokenizer, options, resolved, console=console)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
@@ -153,7 +157,13 @@ def run_from_options(
 
 
 def _observe(whitening: PopulationWhitening, td: TensorDictBase) -> None:
-    whitening.observe(td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES], td[schema.ANCHOR_MASK])
+    whitening.observe(
+        td[schema.ROLLOUT_FEATURES],
+        td[schema.TARGET_FEATURES],
+        td[schema.ANCHOR_MASK],
+        td[schema.ROLLOUT_MASK],
+        td[schema.TARGET_MASK],
+    )
 
 
 def _each(observers: Sequence[Callable[[TensorDictBase], None]]) -> Callable[[TensorDictBase], None]:

@@ -70,7 +70,11 @@ def run(
     ] = None,
     backbone: Annotated[
         str | None,
-        option(MATCHING, "hidden: start (of the policy), random (weights), a name or folder (default start)"),
+        option(
+            MATCHING,
+            "hidden: start (of the policy), random (weights), a name or folder; with another tokenizer the text is"
+            " re-tokenised (default start)",
+        ),
     ] = None,
     unit_norm: Annotated[
         str | None, option(MATCHING, "hidden: layer (the paper), joint (its code) or none (default layer)")
@@ -80,7 +84,11 @@ def run(
     ] = None,
     pooling: Annotated[
         str | None,
-        option(MATCHING, "hidden: last, mean, concat_quantiles, concat_all, or none for --credit (default last)"),
+        option(
+            MATCHING,
+            "hidden: last, mean (of the rollout), mean_with_context, concat_quantiles, concat_all, or none for"
+            " --credit (default last)",
+        ),
     ] = None,
     ngram: Annotated[int | None, option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
     dimension: Annotated[int | None, option(MATCHING, "ngram: buckets of the hash (default 2048)")] = None,
@@ -99,7 +107,11 @@ def run(
         str, option(MATCHING, "Reward of a rollout; several: combine:feature_matching+0.1*verifier.")
     ] = "feature_matching",
     alignment: Annotated[
-        str | None, option(MATCHING, "feature_matching: dot, or cosine as in the paper's (9) (default dot)")
+        str | None,
+        option(
+            MATCHING,
+            "feature_matching, with the target: dot, cosine (the paper's (9)) or unit_target (its (52)) (default dot)",
+        ),
     ] = None,
     kernel: Annotated[str | None, option(MATCHING, "kernel_score: which kernel (default energy)")] = None,
     bandwidth: Annotated[

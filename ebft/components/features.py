@@ -1,8 +1,10 @@
-"""Feature maps by name: (policy, reference, options) -> FeatureMap."""
+"""Feature maps by name: (policy, reference, options) -> FeatureMap and a note."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,27 +15,47 @@ from ebft.features.contract import FeatureMap
 from ebft.policy import CausalPolicy
 
 
-def _sbert(policy: CausalPolicy, reference: CausalPolicy, *, encoder: str, context_tokens: int) -> FeatureMap:
+@dataclass(frozen=True)
+class NotedMap:
+    """A feature map with what the user should know of it before a run."""
+
+    embed: FeatureMap
+    note: str
+
+
+def _sbert(policy: CausalPolicy, reference: CausalPolicy, *, encoder: str, context_tokens: int) -> NotedMap:
     from ebft.features.sbert import sbert
 
     dtype = "bfloat16" if policy.autocast is torch.bfloat16 else "float32"
-    return sbert(encoder, policy.tokenizer, context_tokens=context_tokens, device=str(policy.device), dtype=dtype)
+    made = sbert(encoder, policy.tokenizer, context_tokens=context_tokens, device=str(policy.device), dtype=dtype)
+    read = f"with the last {context_tokens} tokens of its prefix" if context_tokens else "without its prefix"
+    return NotedMap(made, f"{encoder} reads the text of each rollout {read} (--context-tokens {context_tokens})")
 
 
 def _hidden(
     policy: CausalPolicy, reference: CausalPolicy, *, backbone: str, layers: str, unit_norm: str, pooling: str
-) -> FeatureMap:
+) -> NotedMap:
     from ebft.features.hidden import hidden
+    from ebft.features.retokenized import retokenized_hidden
 
     network = frozen_network(policy, reference, backbone)
-    return hidden(network, layers=parse_layers(layers), normalization=unit_norm, pooling=pooling)
+    options: dict[str, Any] = {"layers": parse_layers(layers), "normalization": unit_norm, "pooling": pooling}
+    if network.tokenizer is policy.tokenizer or network.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+        note = f"token ids are passed on to the backbone {backbone}, which has the policy's vocabulary"
+        return NotedMap(hidden(network, **options), note)
+    made = retokenized_hidden(network, network.tokenizer, policy.tokenizer, **options)
+    return NotedMap(
+        made,
+        f"the backbone {backbone} has another vocabulary than the policy: text is re-tokenised, which takes a forward"
+        " pass for each prefix with a rollout",
+    )
 
 
 def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> CausalPolicy:
     """The network whose states are features: the policy's `start`, its architecture with `random` weights, or a model.
 
     Raises:
-        UsageError: a model that cannot be loaded, or whose token ids mean something else than the policy's.
+        UsageError: a model that cannot be loaded.
     """
     if name == "start":
         return reference
@@ -46,19 +68,14 @@ def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> 
         return CausalPolicy(model, policy.tokenizer, autocast=policy.autocast)
     dtype = "auto" if policy.autocast else str(next(policy.causal_lm.parameters()).dtype).removeprefix("torch.")
     other = CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype)
-    if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UsageError(
-            f"backbone {name!r} has another tokenizer than the policy, so its token ids mean other text: give a"
-            " model of the policy's family"
-        )
     other.model.requires_grad_(False)
     return other
 
 
-def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> FeatureMap:
+def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> NotedMap:
     from ebft.features.ngram import ngram as make
 
-    return make(ngram, dimension=dimension)
+    return NotedMap(make(ngram, dimension=dimension), f"{ngram}-grams of tokens, without their prefix")
 
 
 def parse_layers(text: str) -> list[int | float] | str:

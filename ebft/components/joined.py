@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ebft.components.component import Component
-from ebft.components.features import FEATURES
+from ebft.components.features import FEATURES, NotedMap
 from ebft.components.weighted import weighted_names
-from ebft.features.contract import FeatureMap
 from ebft.policy import CausalPolicy
 
 
@@ -16,14 +15,15 @@ def joined(text: str) -> Component:
     parts = weighted_names(text, group="features", prefix="join", known=FEATURES)
     entries = {name: FEATURES[name] for name in parts}
 
-    def build(policy: CausalPolicy, reference: CausalPolicy, **options: Any) -> FeatureMap:
+    def build(policy: CausalPolicy, reference: CausalPolicy, **options: Any) -> NotedMap:
         from ebft.features.join import join
 
         maps = [
             entry.build(policy, reference, **{option: options[option] for option in entry.options})
             for entry in entries.values()
         ]
-        return join(maps, list(parts.values()))
+        made = join([part.embed for part in maps], list(parts.values()))
+        return NotedMap(made, "; ".join(part.note for part in maps))
 
     return Component(
         f"{text} side by side", {o: v for entry in entries.values() for o, v in entry.options.items()}, build

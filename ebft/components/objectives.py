@@ -25,8 +25,8 @@ COMBINE = "combine:"
 
 
 def _feature_matching(*, alignment: str) -> Values:
-    if alignment not in ("dot", "cosine"):
-        raise UsageError(f"alignment {alignment!r}: expected 'dot' or 'cosine'")
+    if alignment not in moments.ALIGNMENTS:
+        raise UsageError(f"alignment {alignment!r}: expected {', '.join(map(repr, moments.ALIGNMENTS))}")
 
     def values(rollout, target, *, mask):
         return moments.moment_values(rollout, target, alignment=alignment)
@@ -51,7 +51,7 @@ def _energy(*, energy: str | None) -> tuple[LinearEnergy, dict[str, Any]]:
 
 OBJECTIVES = {
     "feature_matching": Component(
-        "distance of feature moments (the paper's (7)); alignment dot or cosine",
+        "distance of feature moments (the paper's (7)); alignment dot, cosine or unit_target",
         {"alignment": "dot"},
         _feature_matching,
     ),

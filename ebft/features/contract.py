@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ebft import schema
 from ebft.errors import UsageError
+from ebft.layout import document_starts
 
 TokenFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,9 +98,7 @@ def context_window(
     clamped = positions.clamp(0, tokens.shape[1] - 1)
     real = (positions >= 0) & _gather(mask, clamped)
     if document_ids is not None:
-        opens = torch.zeros_like(mask)
-        opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        document = opens.long().cumsum(1)  # equal neighbours are one document; an id that comes back is another
+        document = document_starts(tokens, document_ids)
         real &= _gather(document, clamped) == _gather(document, (anchors - 1).clamp(min=0)[..., None])
     return _gather(tokens, clamped), real
 

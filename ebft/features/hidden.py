@@ -12,7 +12,9 @@ from torch.nn.functional import normalize
 
 from ebft.errors import UsageError
 from ebft.features.contract import FeatureMap, own_masks
-from ebft.features.pooling import last, pooling
+from ebft.features.pooling import WITH_CONTEXT, check_pooling, last, mean_with_context
+from ebft.features.pooling import pooling as pooling_called
+from ebft.layout import document_starts
 
 _NORMALIZATIONS = ("layer", "joint", "none")
 
@@ -59,16 +61,22 @@ def hidden(
             D = H times their number.
         normalization: per token, "layer" makes each layer's vector a unit vector (the paper), "joint" the vector of
             all layers (the authors' code), "none" neither. For "mean", "layer" acts before the mean, "joint" after it.
-        pooling: a name of ``ebft.features.pooling``, over the continuation's own tokens. "none" keeps one vector per
-            token: [B,K,N,G,D] and [B,K,G,D].
+        pooling: a name of ``ebft.features.pooling``, over the continuation's own tokens, or over those and its context
+            ("mean_with_context"). "none" keeps one vector per token: [B,K,N,G,D] and [B,K,G,D].
+
+    A rollout that equals its target gets the target's features to the last bit.
 
     Raises:
         UsageError: a layer out of range, or an unknown pooling or normalisation.
     """
-    if normalization not in _NORMALIZATIONS:
-        raise UsageError(f"normalization={normalization!r} is unknown: choose one of {', '.join(_NORMALIZATIONS)}")
     wanted = layer_numbers(layers, backbone.num_layers)
-    combine = _combiner(pooling, normalization, average=layers == "mean")
+    join_layers = layer_joiner(normalization, average=layers == "mean")
+    check_pooling(pooling)
+
+    def pooled(states: list[Tensor], mask: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+        if context is not None:
+            return mean_with_context(join_layers(states), mask, *context)
+        return pool_layers(states, mask, join_layers, how=pooling)
 
     @torch.no_grad()
     def embed(
@@ -88,13 +96,21 @@ def hidden(
             layers=sorted(set(wanted)), document_ids=document_ids,
         )  # fmt: skip
         rollout_mask, target_mask = own_masks(anchor_mask, rollout_mask, target_mask)
+        context = of_rollouts = None
+        if pooling == WITH_CONTEXT:
+            trunk = join_layers([trunk_states[layer] for layer in wanted])
+            context = _context_sums(trunk, mask, torch.where(anchor_mask, anchors, 1), document_ids)
+            of_rollouts = context[0][:, :, None], context[1][:, :, None]
         target_states = {
             layer: _at_targets(states, anchors, target_mask.shape[-1]) for layer, states in trunk_states.items()
         }
-        return (
-            combine([rollout_states[layer] for layer in wanted], rollout_mask),
-            combine([target_states[layer] for layer in wanted], target_mask),
-        )
+        rollout = pooled([rollout_states[layer] for layer in wanted], rollout_mask, of_rollouts)
+        target = pooled([target_states[layer] for layer in wanted], target_mask, context)
+        # The states of a rollout and of its target come from different places of the row, and round differently.
+        same = _equal_so_far(rollout_tokens, rollout_mask, target_tokens[:, :, None], target_mask[:, :, None])
+        if pooling != "none":
+            same = same[..., -1]
+        return torch.where(same[..., None], target[:, :, None], rollout), target
 
     return embed
 
@@ -134,20 +150,48 @@ def _at_targets(states: Tensor, anchors: Tensor, horizon: int) -> Tensor:
     return states[rows, positions]
 
 
-def _combiner(how: str, normalization: str, *, average: bool) -> Callable[[list[Tensor], Tensor], Tensor]:
-    """From states per layer, each [...,G,H], and mask [...,G] to pooled features [...,D]."""
-    pool = pooling(how)
+def _equal_so_far(tokens: Tensor, mask: Tensor, other_tokens: Tensor, other_mask: Tensor) -> Tensor:
+    """Whether the first g tokens are the same, for each g: [...,G] bool."""
+    same = (mask == other_mask) & ((tokens == other_tokens) | ~mask)
+    return same.cummin(-1).values
 
-    def combine(states: list[Tensor], mask: Tensor) -> Tensor:
-        if how == "last":  # the same result from one token as from G, with 1/G of the memory
-            states = [last(x, mask)[..., None, :] for x in states]
-            mask = mask.any(-1, keepdim=True)
+
+def _context_sums(states: Tensor, mask: Tensor, anchors: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum [B,K,D] and number [B,K] of the tokens before each anchor, in its document, from states [B,T,D]."""
+    sums = (states * mask[..., None]).double().cumsum(1)  # differences of long sums follow: float32 would round them
+    counts = mask.long().cumsum(1)
+    rows = torch.arange(len(states), device=states.device)[:, None]
+    end = anchors - 1
+    before = document_starts(anchors.new_zeros(mask.shape), document_ids)[rows, end] - 1
+    opened = before >= 0
+    before = before.clamp(min=0)
+    total = sums[rows, end] - sums[rows, before] * opened[..., None]
+    return total.float(), counts[rows, end] - counts[rows, before] * opened
+
+
+def layer_joiner(normalization: str, *, average: bool) -> Callable[[list[Tensor]], Tensor]:
+    """From states per layer, each [...,H], to features of each token [...,D], float32; arguments as of :func:`hidden`.
+
+    Raises:
+        UsageError: an unknown normalisation.
+    """
+    if normalization not in _NORMALIZATIONS:
+        raise UsageError(f"normalization={normalization!r} is unknown: choose one of {', '.join(_NORMALIZATIONS)}")
+
+    def join_layers(states: list[Tensor]) -> Tensor:
         states = [x.float() for x in states]
         if normalization == "layer":
             states = [normalize(x, dim=-1) for x in states]
         joined = torch.stack(states).mean(0) if average else torch.cat(states, -1)
-        if normalization == "joint":
-            joined = normalize(joined, dim=-1)
-        return pool(joined, mask)
+        return normalize(joined, dim=-1) if normalization == "joint" else joined
 
-    return combine
+    return join_layers
+
+
+def pool_layers(
+    states: list[Tensor], mask: Tensor, join_layers: Callable[[list[Tensor]], Tensor], *, how: str
+) -> Tensor:
+    """States per layer, each [...,G,H], to features [...,D] pooled over the tokens where mask [...,G] is True."""
+    if how == "last":  # the same result from one token as from G, with 1/G of the memory
+        return join_layers([last(x, mask) for x in states])
+    return pooling_called(how)(join_layers(states), mask)

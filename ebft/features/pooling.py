@@ -2,12 +2,16 @@
 
 Every function takes ``hidden`` [...,G,D] and ``mask`` [...,G] (True on a rollout's own tokens, in order) and returns
 one vector per rollout. Masked entries are never read, so they may hold anything, NaN included; a rollout without
-tokens of its own gives zeros.
+tokens of its own gives zeros. The token that ends a rollout (EOS) is one of its own; the mask of a target ends with its
+row, its document or its answer, so that ``last`` is the last token of an answer that is shorter than the horizon.
+
+``mean_with_context`` reads the tokens of the context too, whose sum and number it gets in two arguments more; it is the
+only pooling under which most of what is compared is the same for all rollouts of an anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +28,13 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
 def mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean over the own tokens: [...,D]."""
     return none(hidden, mask).sum(-2) / mask.sum(-1).clamp(min=1)[..., None]
+
+
+def mean_with_context(hidden: Tensor, mask: Tensor, context_sum: Tensor, context_count: Tensor) -> Tensor:
+    """The mean over the context and the own tokens: [...,D], from the context's sum [...,D] and token number [...]."""
+    count = mask.sum(-1) + context_count
+    pooled = (none(hidden, mask).sum(-2) + context_sum) / count.clamp(min=1)[..., None]
+    return pooled.masked_fill(~mask.any(-1)[..., None], 0.0)
 
 
 def concat_quantiles(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -59,14 +70,27 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+WITH_CONTEXT = "mean_with_context"
+NAMES = (*POOLINGS, WITH_CONTEXT)
+# Those that give vectors of one length, whatever the number of tokens.
+OF_ANY_LENGTH = ("last", "mean", "concat_quantiles", WITH_CONTEXT)
+
+
+def check_pooling(name: str, allowed: Sequence[str] = NAMES, why: str = "") -> None:
+    """Refuse a pooling that is not among those `allowed`; `why` says more about what is allowed."""
+    if name not in NAMES:
+        raise UsageError(f"pooling={name!r} is unknown: choose one of {', '.join(allowed)}")
+    if name not in allowed:
+        raise UsageError(f"pooling={name!r} does not fit{why}: choose one of {', '.join(allowed)}")
+
+
 def pooling(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The pooling function called `name`.
 
     Raises:
         UsageError: there is no such pooling; the message lists those there are.
     """
-    if name not in POOLINGS:
-        raise UsageError(f"pooling={name!r} is unknown: choose one of {', '.join(POOLINGS)}")
+    check_pooling(name, tuple(POOLINGS), " features without their context")
     return POOLINGS[name]
 
 

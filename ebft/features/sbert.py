@@ -16,6 +16,7 @@ from ebft.features.contract import check_context_tokens
 from ebft.features.text import (
     Decoder,
     Texts,
+    check_decoder,
     continuation_texts,
     distinct_texts,
     embed_texts,
@@ -52,8 +53,8 @@ def sbert(
         cached_texts: how many target texts to remember; 0 remembers none.
 
     Raises:
-        UsageError: the name is no sentence-transformers model; an option has a value that is not allowed; or, when
-            called, the context would push the continuation out of what the encoder reads.
+        UsageError: the name is no sentence-transformers model; the tokenizer cannot decode; an option has a value that
+            is not allowed; or, when called, the context would push the continuation out of what the encoder reads.
     """
     if isinstance(model, str):
         model = _load(model, device)
@@ -81,6 +82,7 @@ class SentenceFeatures:
         self, encoder: Any, tokenizer: Decoder, *, context_tokens: int, batch_size: int, dtype: str, cached_texts: int
     ) -> None:
         check_context_tokens(context_tokens)
+        check_decoder(tokenizer)
         if dtype not in _DTYPES:
             raise UsageError(f"dtype={dtype!r} is unknown: choose one of {', '.join(_DTYPES)}")
         if batch_size < 1 or cached_texts < 0:

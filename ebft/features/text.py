@@ -23,6 +23,29 @@ class Decoder(Protocol):
         ...
 
 
+def check_decoder(tokenizer: object) -> None:
+    """Refuse what has no ``decode``."""
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise UsageError(
+            f"tokenizer {tokenizer!r} cannot decode, and these features are of text: expected the policy's tokenizer,"
+            " with decode(ids, skip_special_tokens=, clean_up_tokenization_spaces=)"
+        )
+
+
+def decode_text(tokenizer: Decoder, ids: list[int]) -> str:
+    """The text of `ids` without special tokens; bytes that make no character come out as the replacement character.
+
+    Raises:
+        UsageError: the tokenizer cannot decode these ids.
+    """
+    try:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, NotImplementedError) as error:
+        raise UsageError(f"tokenizer {type(tokenizer).__name__} cannot decode the ids {ids}: {error}") from error
+    # Half a surrogate pair, which some byte-level tokenizers emit, is no text: encoders raise on it.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def continuation_texts(
     tokenizer: Decoder,
     tokens: Tensor,
@@ -53,10 +76,7 @@ def continuation_texts(
     context, context_mask = context_window(tokens, mask, anchors, count=context_tokens, document_ids=document_ids)
 
     def decode(prefix: list[int], ids: Tensor, keep: Tensor) -> str:
-        own = ids[keep].tolist()
-        text = tokenizer.decode([*prefix, *own], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Half a surrogate pair, which some byte-level tokenizers emit, is no text: encoders raise on it.
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return decode_text(tokenizer, [*prefix, *ids[keep].tolist()])
 
     context, context_mask, rollout_tokens, rollout_mask, target_tokens, target_mask, anchor_mask = (
         x.cpu() for x in (context, context_mask, rollout_tokens, rollout_mask, target_tokens, target_mask, anchor_mask)
@@ -108,9 +128,11 @@ def from_text_function(function: TextFunction, tokenizer: Decoder, *, context_to
         context_tokens: how many tokens of the anchor's context to put in front of each continuation.
 
     Raises:
-        UsageError: `context_tokens` is negative; or, when called, the function returns another shape.
+        UsageError: `context_tokens` is negative; the tokenizer cannot decode; or, when called, the function returns
+            another shape.
     """
     check_context_tokens(context_tokens)
+    check_decoder(tokenizer)
 
     @torch.no_grad()
     def embed(

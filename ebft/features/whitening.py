@@ -234,6 +234,7 @@ class PopulationWhitening:
 
     Args:
         values: (rollout [B,K,N,D], target [B,K,D], mask=[B,K]) -> values with the target and among the rollouts.
+            Features per token are whitened position by position, all of them by one moment.
         calibration: batches to calibrate with, for whoever drives (`observe` takes them in).
         decay: None keeps the moment of the calibration; a number in (0, 1] lets `observe` go on with every batch after
             its rollouts have been scored, with this weight for what was seen before.
@@ -267,12 +268,37 @@ class PopulationWhitening:
             raise UsageError("population whitening has seen no features: calibrate it first, with `observe`")
         return self._values(*whiten(rollout, target, mode="population", moment=self._moment), mask=mask)
 
-    def observe(self, rollout: Tensor, target: Tensor, mask: Tensor) -> None:
-        """Take in the rollouts [B,K,N,D] and targets [B,K,D] of the contexts where mask [B,K] is True."""
-        both = torch.cat([rollout, target[:, :, None]], 2)[mask]
+    def observe(
+        self,
+        rollout: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        rollout_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> None:
+        """Take in the features of the contexts where mask [B,K] is True.
+
+        Args:
+            rollout, target: [B,K,N,D] and [B,K,D] of whole rollouts; [B,K,N,G,D] and [B,K,G,D] of their tokens.
+            rollout_mask, target_mask: [B,K,N,G] and [B,K,G], of features of tokens: which of them there are.
+
+        Raises:
+            UsageError: features of tokens without their masks, or masks that do not fit.
+        """
+        both = torch.cat([rollout, target[:, :, None]], 2)
+        if both.ndim == 4:
+            real = mask[..., None].expand(both.shape[:-1])
+        else:
+            if rollout_mask is None or target_mask is None or rollout_mask.shape != rollout.shape[:-1]:
+                shape = None if rollout_mask is None else list(rollout_mask.shape)
+                raise UsageError(
+                    f"features of tokens, of shape {list(rollout.shape)}, with a mask of shape {shape}: expected"
+                    f" rollout_mask {list(rollout.shape[:-1])} and target_mask {list(target.shape[:-1])}"
+                )
+            real = torch.cat([rollout_mask, target_mask[:, :, None]], 2) & mask[..., None, None]
         if self._moment is None:
             self._moment = self._make(rollout.shape[-1])
-        self._moment.update(both)
+        self._moment.update(both, real)
 
     def _make(self, dimension: int) -> SecondMoment:
         return SecondMoment(dimension, **self._options)

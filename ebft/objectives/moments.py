@@ -15,6 +15,8 @@ from ebft.objectives.kernels import (
     unit,
 )
 
+ALIGNMENTS = ("dot", "cosine", "unit_target")
+
 
 def feature_matching_reward(
     rollout: Tensor, target: Tensor, *, diversity: float = 1.0, alignment: str = "dot"
@@ -29,8 +31,11 @@ def feature_matching_reward(
         rollout: [...,N,D] features of the rollouts of one anchor.
         target: [...,D] features of the target.
         diversity: α ≥ 0; with 0, one rollout per anchor is enough.
-        alignment: "dot" or "cosine". The diversity term is a dot product in both, so "cosine" suits features of
-            unit norm and whitened features; with other norms the two terms are on different scales.
+        alignment: "dot", "cosine" or "unit_target", which scales the target alone to unit norm. The diversity term is a
+            dot product in all, so the last two suit features of unit norm and whitened features; with other norms the
+            two terms are on different scales. On features whitened by their group these are the variants of appendix B:
+            "dot" the raw (41), "cosine" variant (i), (49), "unit_target" variant (iii), (52). Variant (ii), (51), which
+            takes cosines in both terms, is ``kernels.kernel_score_reward`` of the kernel "cosine".
 
     Returns:
         Reward [...,N].
@@ -46,7 +51,7 @@ def moment_values(rollout: Tensor, target: Tensor, *, alignment: str = "dot") ->
     """Similarities that the reward is made of, in the form that ``baselines.advantage`` takes.
 
     Args:
-        rollout: [...,N,D]; target: [...,D]; alignment: "dot" or "cosine", for the target only.
+        rollout: [...,N,D]; target: [...,D]; alignment: "dot", "cosine" or "unit_target", for the target only.
 
     Returns:
         Similarity with the target [...,N] and dot products among the rollouts [...,N,N].
@@ -58,16 +63,20 @@ def moment_values(rollout: Tensor, target: Tensor, *, alignment: str = "dot") ->
 
 
 def alignment_part(rollout: Tensor, target: Tensor, *, alignment: str = "dot") -> Tensor:
-    """AT_j = 2 φ(ŷ_j)·φ(y), or twice the cosine: [...,N,D] and [...,D] to [...,N] (arXiv 2603.12248, (7), (9)).
+    """AT_j = 2 φ(ŷ_j)·φ(y): [...,N,D] and [...,D] to [...,N] (arXiv 2603.12248, (7)).
+
+    With "cosine" both vectors at unit norm, (9) and (49); with "unit_target" the target alone, (52).
 
     Raises:
         UsageError: shapes that disagree or an unknown `alignment`.
     """
     check_features(rollout, target)
-    if alignment not in ("dot", "cosine"):
-        raise UsageError(f"alignment={alignment!r} is not known; expected 'dot' or 'cosine'")
+    if alignment not in ALIGNMENTS:
+        raise UsageError(f"alignment={alignment!r} is not known; expected {', '.join(map(repr, ALIGNMENTS))}")
+    if alignment != "dot":
+        target = unit(target)
     if alignment == "cosine":
-        rollout, target = unit(rollout), unit(target)
+        rollout = unit(rollout)
     return 2 * (rollout @ target[..., None]).squeeze(-1)
 
 
