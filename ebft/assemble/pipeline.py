@@ -33,8 +33,8 @@ def build_pipeline(
 ) -> dict[str, Any]:
     """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
 
-    `values` are those of `build_values`, `feature_map` is that of `build_features`, made here when left out. With `answers` the data carries `answer_mask`, and
-    targets lie in answers alone.
+    `values` are those of `build_values`, `feature_map` is that of `build_features`, made here when left out. With
+    `answers` the data carries `answer_mask`, and targets lie in answers alone.
     """
     build_sampler = choose("sampler", options["sampler"]).build
     place, engine = build_sampler(policy, horizon=options["horizon"], **resolved["sampler"])
