@@ -11,6 +11,7 @@ from rich.markup import escape
 from ebft.commands.components import components
 from ebft.commands.run import run
 from ebft.commands.sample import sample
+from ebft.commands.signal import signal
 from ebft.errors import UsageError
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, components):
+for command in (run, sample, signal, components):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ from ebft.assemble.reward import build_reward, build_values
 from ebft.assemble.rows import pack_data, read_data
 from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
+from ebft.assemble.signal import signal_from_options
 
 __all__ = [
     "GROUPS",
@@ -25,4 +26,5 @@ __all__ = [
     "resolve_run",
     "run_from_options",
     "sample_from_options",
+    "signal_from_options",
 ]

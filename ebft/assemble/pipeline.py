@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensordict.nn import TensorDictModule
+
 from ebft.assemble.reward import build_reward, decoder
 from ebft.components import choose
 from ebft.components.features import NotedMap
@@ -36,19 +38,26 @@ def build_pipeline(
     `values` are those of `build_values`, `feature_map` is that of `build_features`, made here when left out. With
     `answers` the data carries `answer_mask`, and targets lie in answers alone.
     """
-    build_sampler = choose("sampler", options["sampler"]).build
-    place, engine = build_sampler(policy, horizon=options["horizon"], **resolved["sampler"])
     return {
-        "sample": sampler(
-            place,
-            engine,
-            horizon=options["horizon"],
-            answers=answers,
-            rollouts=options["rollouts"],
-            temperature=options["temperature"],
-            top_p=options["top_p"],
-            eos=policy.tokenizer.eos_token_id,
-        ),
+        "sample": build_sampler(policy, options, resolved, answers=answers),
         "embed": as_module(feature_map or build_features(policy, reference, options, resolved).embed, documents=True),
         "reward": build_reward(options, resolved, decode=decoder(policy.tokenizer), values=values),
     }
+
+
+def build_sampler(
+    policy: CausalPolicy, options: Mapping[str, Any], resolved: Mapping[str, Mapping], *, answers: bool = False
+) -> TensorDictModule:
+    """The stage that places anchors and draws rollouts."""
+    build = choose("sampler", options["sampler"]).build
+    place, engine = build(policy, horizon=options["horizon"], **resolved["sampler"])
+    return sampler(
+        place,
+        engine,
+        horizon=options["horizon"],
+        answers=answers,
+        rollouts=options["rollouts"],
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        eos=policy.tokenizer.eos_token_id,
+    )

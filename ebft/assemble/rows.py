@@ -71,7 +71,7 @@ def pack_data(
         UsageError: fewer training rows than one batch, or no row with room for an anchor.
     """
     train_rows, held_rows = (
-        _usable(_pack(part, data.answers, tokenizer, options), options, resolved)
+        usable_rows(_pack(part, data.answers, tokenizer, options), options, resolved)
         for part in (data.train, data.held_out)
     )
     if data.answers:
@@ -97,7 +97,7 @@ def _pack(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: Mapp
     return pack(part, tokenizer, length=options["length"])
 
 
-def _usable(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
+def usable_rows(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
     """The rows in which at least one anchor fits, so that no batch is without one."""
     placement = {"stride": 1, "first": resolved["sampler"]["first"], "horizon": options["horizon"]}
     masks = {"answer_mask": rows.get(schema.ANSWER_MASK, None), "document_ids": rows[schema.DOCUMENT_IDS]}

@@ -114,7 +114,7 @@ def run_from_options(
     if other := version_changes(stored.get("versions", {})):
         console.print(f"other versions than at the start, so numbers may differ in their last digits: {other}")
     whitenings = {name: v for name, v in values.items() if isinstance(v, PopulationWhitening)}
-    observers = [partial(_observe, whitening) for whitening in whitenings.values()]
+    observers = [partial(observe_moments, whitening) for whitening in whitenings.values()]
     if whitenings:
         count = next(iter(whitenings.values())).calibration
         console.print(f"calibrating the whitening on {count} batches", highlight=False)
@@ -156,7 +156,8 @@ def run_from_options(
     )
 
 
-def _observe(whitening: PopulationWhitening, td: TensorDictBase) -> None:
+def observe_moments(whitening: PopulationWhitening, td: TensorDictBase) -> None:
+    """Show the features of a batch to the whitening."""
     whitening.observe(
         td[schema.ROLLOUT_FEATURES],
         td[schema.TARGET_FEATURES],

@@ -1,0 +1,180 @@
+"""From options to a measurement of signal and noise."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ebft.assemble.checks import resolve_run
+from ebft.assemble.config import machine, versions
+from ebft.assemble.configurations import OF_SAMPLING, parse_configuration, parse_settings
+from ebft.assemble.pipeline import build_features, build_sampler
+from ebft.assemble.policy import load_policy
+from ebft.assemble.reward import build_reward, build_values, decoder
+from ebft.assemble.rows import pack_data, read_data, usable_rows
+from ebft.assemble.run import observe_moments
+from ebft.components.features import parse_layers
+from ebft.errors import UsageError
+from ebft.features.contract import as_module
+from ebft.features.hidden import layer_numbers
+from ebft.features.whitening import PopulationWhitening
+from ebft.loops.calibrate import calibrate
+from ebft.loops.signal.measure import chosen_parameters
+from ebft.loops.signal.plan import CROSS_ENTROPY, Configuration, Embedding, Plan, Sampling
+from ebft.loops.signal.run import run_signal
+from ebft.policy import CausalPolicy
+
+# The paper's recipe, and one change at a time.
+PAPER = "features=hidden whitening=group alignment=cosine"
+DEFAULTS = (
+    f"paper: {PAPER}",
+    "dot: features=hidden",
+    "alignment only: features=hidden diversity=0",
+    "all horizons: features=hidden pooling=none credit=reward_to_go",
+)
+
+
+def signal_from_options(
+    options: Mapping[str, Any],
+    *,
+    base: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    out: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Check the options, assemble every configuration, measure.
+
+    Args:
+        options: those of the command `signal`, by parameter name.
+        base: the options of `run` with their defaults, which every configuration starts from; hints: their types.
+        out: folder of the measurement; an unfinished one with the same options goes on.
+
+    Returns:
+        What signal.json holds.
+
+    Raises:
+        UsageError: any bad input, before a model is loaded where that can be known.
+    """
+    _check(options)
+    base = {**base, **{name: options[name] for name in options if name in base}}
+    base |= parse_settings(options["set"] or "", hints=hints)
+    configurations = [parse_configuration(text, base=base, hints=hints) for text in options["config"] or DEFAULTS]
+    names = [name for name, _ in configurations]
+    for name in names:
+        if names.count(name) > 1 or name == CROSS_ENTROPY:
+            raise UsageError(f"configuration {name!r} is there twice, or always measured: give another name")
+    reference = options["reference"] or names[0]
+    if reference not in names:
+        raise UsageError(f"--reference {reference!r}: expected the name of a configuration, one of {', '.join(names)}")
+    resolved = [_resolve(name, settings) for name, settings in configurations]
+    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-signal"
+
+    data = read_data(base)
+    policy = load_policy(base)
+    parameters = chosen_parameters(policy, options["parameters"])
+    rows, _ = pack_data(data, policy.tokenizer, base, resolved[0], console=console)
+    for (_, settings), parts in zip(configurations, resolved, strict=True):
+        rows = usable_rows(rows, settings, parts)
+    console.print(
+        f"{len(configurations)} configurations, {len(rows):,} sequences of {base['length']} tokens, gradients of"
+        f" {sum(p.numel() for p in parameters.values()):,} weights on {policy.device}",
+        highlight=False,
+    )
+    plan = build_plan(policy, configurations, resolved, rows, options, answers=data.answers, console=console)
+    identity = {
+        "configurations": dict(configurations),
+        **{name: value for name, value in options.items() if name not in _NOT_OF_GRADIENTS},
+    }
+    result, _ = run_signal(
+        policy,
+        plan,
+        rows,
+        parameters,
+        out=out,
+        identity=identity,
+        batches=options["batches"],
+        batch_size=options["batch"],
+        replicates=options["replicates"],
+        seed=options["seed"],
+        reference=reference,
+        micro_batch=options["micro_batch"],
+        made_with={"versions": versions(), "machine": machine(policy.device)},
+        console=console,
+    )
+    return result
+
+
+_NOT_OF_GRADIENTS = ("batches", "config", "set", "reference")
+
+
+def build_plan(
+    policy: CausalPolicy,
+    configurations: Sequence[tuple[str, Mapping[str, Any]]],
+    resolved: Sequence[Mapping[str, Mapping]],
+    rows,
+    options: Mapping[str, Any],
+    *,
+    answers: bool,
+    console: Console,
+) -> Plan:
+    """The parts of all configurations, those that are alike made once; moments are calibrated."""
+    reference = policy.reference()
+    samplings: dict[str, Sampling] = {}
+    embeddings: dict[str, Embedding] = {}
+    built = []
+    for (name, settings), parts in zip(configurations, resolved, strict=True):
+        drawing = _key(settings, OF_SAMPLING)
+        if drawing not in samplings:
+            scoring = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
+            samplings[drawing] = Sampling(build_sampler(policy, settings, parts, answers=answers), scoring)
+        features = f"{settings['features']} {dict(parts['features'])}"
+        if features not in embeddings:
+            stage = as_module(build_features(policy, reference, settings, parts).embed, documents=True)
+            embeddings[features] = Embedding(stage, _share(policy, settings, parts))
+        values = build_values(settings, parts)
+        for whitening in values.values():
+            if isinstance(whitening, PopulationWhitening):
+                console.print(f"{name}: calibrating the whitening on {whitening.calibration} batches", highlight=False)
+                calibrate(
+                    policy,
+                    {"sample": samplings[drawing].stage, "embed": embeddings[features].stage},
+                    rows,
+                    partial(observe_moments, whitening),
+                    count=whitening.calibration,
+                    batch_size=options["batch"],
+                    seed=options["seed"],
+                )
+        reward = build_reward(settings, parts, decode=decoder(policy.tokenizer), values=values)
+        built.append(Configuration(name, drawing, features, reward))
+    return Plan(samplings, embeddings, built)
+
+
+def _share(policy: CausalPolicy, settings: Mapping[str, Any], parts: Mapping[str, Mapping]) -> float:
+    """The share of the policy's layers that the features pass through."""
+    if not re.search(r"\bhidden\b", settings["features"]) or parts["features"]["backbone"] not in ("start", "random"):
+        return 0.0
+    layers = layer_numbers(parse_layers(parts["features"]["layers"]), policy.num_layers)
+    return max(layers) / policy.num_layers
+
+
+def _key(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    return " ".join(f"{name}={settings[name]}" for name in names)
+
+
+def _resolve(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    try:
+        return resolve_run(settings)
+    except UsageError as error:
+        raise UsageError(f"configuration {name!r}: {error}") from error
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name, least in {"batches": 3, "replicates": 1, "batch": 1}.items():
+        if options[name] < least:
+            raise UsageError(f"--{name} {options[name]}: expected a number >= {least}")

@@ -1,0 +1,77 @@
+"""`signal`: how much signal the gradients of configurations carry, and at what cost."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ebft.commands.options import DATA, MODEL, OUTPUT, given_options, option
+from ebft.commands.run import run
+
+WHAT = "What is measured"
+
+
+def signal(
+    context: typer.Context,
+    config: Annotated[
+        list[str] | None,
+        option(
+            WHAT,
+            "A configuration, `name: option=value ...` with options of `run`; again for each one"
+            " (default: the paper's and three changes of it)",
+        ),
+    ] = None,
+    set: Annotated[str | None, option(WHAT, "Options for every configuration, such as `stride=8 rollouts=8`")] = None,
+    reference: Annotated[
+        str | None, option(WHAT, "Name of the configuration that others are compared with (default: the first)")
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        option(WHAT, "Gradients of the trained weights whose names match this regular expression (default: all)"),
+    ] = None,
+    batches: Annotated[int, option(WHAT, "M, independent batches; the interval shrinks as 1/M.")] = 16,
+    batch: Annotated[int, option(WHAT, "B, sequences in a batch.")] = 4,
+    replicates: Annotated[
+        int, option(WHAT, "R, times that the rollouts of a batch are drawn: 2 or more tell their noise apart.")
+    ] = 2,
+    policy: Annotated[str, option(MODEL, "Model: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
+    lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 8,
+    device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, option(MODEL, "auto or a torch dtype.")] = "auto",
+    attention: Annotated[str | None, option(MODEL, "Kernel of scoring and embedding (default: the fastest)")] = None,
+    micro_batch: Annotated[int | None, option(MODEL, "Sequences scored at once (default batch)")] = None,
+    data: Annotated[str, option(DATA, "stdlib, a text file, a folder, a .jsonl file or a hub dataset id.")] = "stdlib",
+    text_field: Annotated[
+        str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
+    ] = None,
+    length: Annotated[int, option(DATA, "T, tokens of a sequence.")] = 128,
+    seed: Annotated[int, option(OUTPUT, "Keys every random number.")] = 0,
+    out: Annotated[
+        Path | None,
+        option(OUTPUT, "Folder (default runs/<time>-signal); a measurement that is there goes on"),
+    ] = None,
+) -> None:
+    """Measure the signal-to-noise² of policy gradients over independent batches, with 95 % intervals.
+
+    For every configuration (features, whitening, objective, baseline, credit, rollouts, anchors, horizon): the signal
+    of a batch, of the rollouts of given sequences, per token-forward spent, and where it points: towards the mean
+    gradient of a reference and of cross-entropy. Configurations that draw rollouts alike share them.
+
+    Example: `signal --config "paper: features=hidden whitening=group alignment=cosine" --config "dot: features=hidden"`
+    """
+    from transformers.utils import logging
+
+    from ebft.assemble import signal_from_options
+
+    logging.disable_progress_bar()
+    options, _ = given_options(context, besides=("out",))
+    parameters_of_run = inspect.signature(run).parameters
+    base = {
+        name: p.default for name, p in parameters_of_run.items() if name not in ("context", "out", "resume", "force")
+    }
+    signal_from_options(options, base=base, hints=typing.get_type_hints(run), out=out, console=Console())

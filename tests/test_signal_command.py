@@ -1,0 +1,92 @@
+"""`signal` as a command: what it leaves, that it goes on, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+
+from ebft import cli
+
+
+@pytest.fixture
+def signal(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
+    """Run a tiny `signal`; exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def call(*configs, **changes):
+        options = {
+            "policy": tiny_folder, "data": tiny_text, "device": "cpu", "dtype": "float32", "lora": 2, "length": 32,
+            "batches": 4, "batch": 2, "out": tmp_path / "out",
+            "set": "stride=9 first=5 horizon=4 rollouts=3 features=ngram", **changes,
+        }  # fmt: skip
+        argv = ["ebft", "signal"]
+        for name, value in options.items():
+            argv += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        for config in configs:
+            argv += ["--config", config]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+CONFIGS = ("one: diversity=0", "features=hidden whitening=population calibration=1", "four: rollouts=4 stride=12")
+
+
+def test_leaves_table_numbers_and_plot_and_goes_on(signal, tmp_path):
+    code, out, err = signal(*CONFIGS, batches=3)
+    assert code == 0, err
+    assert "calibrating" in out
+    again, _, err = signal(*CONFIGS, batches=5, reference="four")
+    assert again == 0, err
+    result = json.loads((tmp_path / "out/signal.json").read_text())
+    assert list(result["rows"]) == ["one", CONFIGS[1], "four", "cross-entropy"]
+    assert (result["batches"], result["replicates"], result["reference"]) == (5, 2, "four")
+    row = result["rows"]["four"]
+    assert row["gain"]["value"] == row["noise_ratio"]["value"] == 1
+    assert row["signal_to_noise"]["low"] < row["signal_to_noise"]["value"] < row["signal_to_noise"]["high"]
+    assert result["rows"]["one"]["token_forwards"] < result["rows"][CONFIGS[1]]["token_forwards"]
+    table = (tmp_path / "out/signal.md").read_text()
+    assert table.count("\n| ") == 4
+    assert (tmp_path / "out/signal.png").stat().st_size > 10_000
+    fresh, _, _ = signal(*CONFIGS, batches=5, reference="four", out=tmp_path / "fresh")
+    assert fresh == 0
+    assert json.loads((tmp_path / "fresh/signal.json").read_text())["rows"] == result["rows"]
+
+
+def test_refuses_another_measurement_in_its_folder(signal):
+    assert signal("one: diversity=0", batches=3)[0] == 0
+    code, _, err = signal("one: diversity=0.5", batches=3)
+    assert code == 2
+    assert "other configurations" in err
+    assert "--out" in err
+
+
+@pytest.mark.parametrize(
+    ("configs", "changes", "message"),
+    [
+        (["rolouts=3"], {}, "did you mean 'rollouts'?"),
+        (["lr=0.1"], {}, "'lr=0.1'"),
+        (["rollouts=many"], {}, "rollouts=many: expected a value of type int"),
+        (["drop_zero_spread=yes"], {}, "expected true or false"),
+        (["a: diversity=0", "a: diversity=1"], {}, "configuration 'a' is there twice"),
+        (["cross-entropy: diversity=0"], {}, "'cross-entropy'"),
+        (["x: kernel=rbf"], {}, "configuration 'x': --kernel rbf does not apply"),
+        (["x: diversity=0"], {"reference": "y"}, "--reference 'y'"),
+        (["x: diversity=0"], {"batches": 2}, "--batches 2"),
+        (["x: diversity=0"], {"parameters": "nothing"}, "matches none"),
+        (["x: diversity=0"], {"batch": 1000}, "batch_size=1000"),
+    ],
+)
+def test_refuses_bad_input(signal, tmp_path, configs, changes, message):
+    code, _, err = signal(*configs, **changes)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
