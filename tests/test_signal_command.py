@@ -81,7 +81,7 @@ def test_refuses_another_measurement_in_its_folder(signal):
         (["x: diversity=0"], {"reference": "y"}, "--reference 'y'"),
         (["x: diversity=0"], {"batches": 2}, "--batches 2"),
         (["x: diversity=0"], {"parameters": "nothing"}, "matches none"),
-        (["x: diversity=0"], {"batch": 1000}, "batch_size=1000"),
+        (["x: diversity=0"], {"batch": 1000}, "--batch 1000"),
     ],
 )
 def test_refuses_bad_input(signal, tmp_path, configs, changes, message):
