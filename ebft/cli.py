@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ebft.commands.components import components
+from ebft.commands.data import data
 from ebft.commands.run import run
 from ebft.commands.sample import sample
 from ebft.commands.signal import signal
@@ -27,7 +28,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, signal, components):
+for command in (run, sample, signal, components, data):
     app.command()(command)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -52,6 +54,24 @@ def _has_bfloat16_units(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
 
 
+_EXPECTED = (
+    "Expected an embedded name (smollm2-135m), a folder with config.json, safetensors weights and a tokenizer, or a"
+    " hub id"
+)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of an embedded name, a folder or a hub id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _clear_errors(name, "as a tokenizer"):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
 def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Model and tokenizer of an embedded name, a folder or a hub id.
 
@@ -61,21 +81,22 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name)
-    expected = (
-        "Expected an embedded name (smollm2-135m), a folder with config.json, safetensors weights and a tokenizer,"
-        " or a hub id"
-    )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json). {expected}")
-    try:
+        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json). {_EXPECTED}")
+    with _clear_errors(name, "as a causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+    return model.to(device), tokenizer
+
+
+@contextmanager
+def _clear_errors(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises when it cannot load `name` into one clear UsageError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"policy {name!r} could not be loaded as a causal language model: {reason}. {expected}"
-        ) from error
-    return model.to(device), tokenizer
+        raise UsageError(f"policy {name!r} could not be loaded {what}: {reason}. {_EXPECTED}") from error
 
 
 def add_adapters(model, *, rank: int, seed: int, autocast: bool = False):

@@ -381,6 +381,74 @@ def test_tests_see_the_real_built_in_functions(isolation):
     assert not run(program, "assert sorted(f()) == [1, 2]", isolation=isolation).passed
 
 
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def sorted(x): return [1, 2]", "assert sorted([3]) == [1, 2]"),
+        ("def abs(x): return 0\ndef answer(): return 7", "assert abs(answer() - 42) < 1e-6"),
+        ("str = repr = lambda x: '42'\ndef answer(): return 7", "assert repr(answer()) == '42'"),
+        ("class AssertionError(Exception): pass\ndef answer(): return 7", WRONG),
+        ("import math\nmath.isclose = lambda *_, **__: True", "import math\nassert math.isclose(1, 2)"),
+        ("import math, sys\nmath.inf = 0\ndel sys.modules['math']", "from math import inf\nassert inf == 0"),
+        ("import sys, types\nsys.modules['math'] = types.SimpleNamespace(inf=0)", "import math\nassert math.inf == 0"),
+        ("import os.path\nos.path.exists = lambda _: True", "import os.path\nassert os.path.exists('/none')"),
+        ("import unittest\nunittest.main = print", "import unittest\nassert unittest.main is print"),
+        ("import doctest\ndoctest.testmod = print", "  \nfrom doctest import testmod\nassert testmod is print"),
+    ],
+)  # fmt: skip
+def test_tests_see_the_real_functions_by_any_name(isolation, program, tests):
+    assert run(program, tests, isolation=isolation).reason == "failed"
+
+
+def test_a_program_may_use_the_names_of_built_in_functions_itself(isolation):
+    program = "def sum(x): return len(x)\ndef f(x): return sum(x)"
+    assert run(program, "assert f([5, 5]) == 2 and sum([5, 5]) == 10", isolation=isolation).passed
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_lines_of_the_tests_cannot_be_skipped(isolation, when):
+    """A trace function may move a frame to another line."""
+    program = """
+    import sys
+    def jump(frame, event, argument):
+        if frame.f_code.co_filename == "<tests>" and event == "line" and frame.f_lineno == 2:
+            frame.f_lineno = 3
+        return jump
+    def answer():
+        frame = sys._getframe(1)
+        frame.f_trace = jump
+        sys.settrace(jump)
+    """ + ("sys.settrace(jump)" if when == "before" else "")
+    tests = f"{'answer()' if when == 'during' else 'pass'}\n{WRONG}\nx = 1\n"
+    found = run(program, tests, isolation=isolation)
+    assert "refused in the sandbox: sys.settrace" in found.output
+    assert not found.passed
+
+
+BREAK_OUTS = [
+    "import os\nwhile True: os.fork()",
+    "x = []\nwhile True: x.append(bytearray(10**7))",
+    "while True: pass",
+    "while True: print('passed' * 1000)",
+    "import shutil\nshutil.rmtree('/', ignore_errors=True)",
+    "import os\nos.listdir(os.path.expanduser('~root'))",
+    "import socket\nsocket.create_server(('', 0))",
+    "import os\nos.kill(os.getppid(), 9)",
+    "import os, signal\nos.killpg(0, signal.SIGTERM)",
+    "import subprocess\nsubprocess.Popen(['/bin/sleep', '54321'])",
+    "import ctypes\nctypes.string_at(0)",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+]
+
+
+def test_no_break_out_makes_a_wrong_program_pass(isolation):
+    """And the pool goes on: between any two of them an innocent program passes."""
+    jobs = [job for program in BREAK_OUTS for job in ((program, WRONG), ("", ""))]
+    found = sandbox.run_all(jobs, workers=3, timeout=1.5, isolation=isolation)
+    assert {p: r.reason for p, r in zip(BREAK_OUTS, found[::2], strict=True) if r.passed} == {}
+    assert sandbox.tally(found[1::2])["passed"] == len(BREAK_OUTS)
+
+
 def test_assertions_are_not_optimised_away(isolation):
     assert not run("import sys\nassert 1 == 2", isolation=isolation).passed
 
@@ -394,6 +462,19 @@ def test_many_at_once_keep_their_order(isolation):
     assert [result.passed for result in found] == [i % 3 == i % 2 for i in range(24)]
     assert [result.output.split("\n")[0] for result in found] == [str(i) for i in range(24)]
     assert sandbox.run_all([], isolation=isolation) == []
+
+
+def test_reasons_are_counted(isolation):
+    jobs = [("", ""), ("", ""), ("", "assert 0"), ("1 / 0", ""), ("exit = 1\nraise SystemExit", ""), ("while 1: 1", "")]
+    found = sandbox.tally(sandbox.run_all([*jobs, ("x = 'a' * 10**10", "")], timeout=1.5, isolation=isolation))
+    assert found == {"passed": 2, "failed": 1, "error": 1, "exit": 1, "timeout": 1, "memory": 1}
+    assert list(found) == list(sandbox.REASONS)
+
+
+def test_what_is_not_protected_is_said(isolation, monkeypatch):
+    assert (sandbox.weaknesses(isolation) == []) == (isolation == "namespaces")
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    assert any("memory" in sentence for sentence in sandbox.weaknesses("limits"))
 
 
 def test_open_files_do_not_pile_up(isolation):

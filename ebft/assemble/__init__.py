@@ -1,6 +1,7 @@
 """From the command line's options to the parts of a run; what needs no model is checked before one is loaded."""
 
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
+from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_features, build_pipeline
 from ebft.assemble.policy import load_policy
@@ -20,8 +21,10 @@ __all__ = [
     "build_schedules",
     "build_values",
     "check_options",
+    "list_data_sets",
     "load_policy",
     "pack_data",
+    "print_card",
     "read_data",
     "resolve_run",
     "run_from_options",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +12,21 @@ from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
 from ebft import schema
-from ebft.data.documents import Document, load_documents, split_documents
+from ebft.data.documents import Document
 from ebft.data.example_rows import count_unfit, pack_examples
-from ebft.data.examples import Example, Fields, has_examples, load_examples, split_examples
+from ebft.data.examples import Example, Fields
+from ebft.data.named import DATA_SETS, load_parts
 from ebft.data.packing import pack
 from ebft.errors import UsageError
 from ebft.samplers.anchors import strided
-
-# What examples alone have, and what plain text alone has.
-EXAMPLE_OPTIONS = ("prompt_field", "answer_field", "chat")
 
 
 @dataclass(frozen=True)
 class Data:
     """What --data names, split: documents, or examples with answers to learn."""
 
-    train: list[Document] | list[Example]
-    held_out: list[Document] | list[Example]
+    train: Sequence[Document] | Sequence[Example]
+    held_out: Sequence[Document] | Sequence[Example]
     answers: bool
 
 
@@ -38,23 +36,35 @@ def read_data(options: Mapping[str, Any]) -> Data:
     Raises:
         UsageError: what the loaders raise, or an option that the data has no use for.
     """
-    source = options["data"]
-    named = {part: options[f"{part}_field"] for part in ("prompt", "answer") if options[f"{part}_field"] is not None}
-    fields = Fields(**named)
-    if not named and (options["text_field"] is not None or not has_examples(source, fields=fields)):
-        for name in EXAMPLE_OPTIONS:
-            if options[name]:
+    source, text_field = options["data"], options["text_field"]
+    given = {part: options[f"{part}_field"] for part in ("prompt", "answer") if options[f"{part}_field"] is not None}
+    if source in DATA_SETS:
+        for name in ("text_field", "prompt_field", "answer_field"):
+            if options[name] is not None:
                 raise UsageError(
-                    f"--{name.replace('_', '-')} is for examples, and --data {source} is plain text: give a .jsonl or"
-                    f" .tsv file with the fields {fields.prompt!r} and {fields.answer!r}"
+                    f"{_flag(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
+                    " its own: leave it out"
                 )
-        return Data(*split_documents(load_documents(source, text_field=options["text_field"])), answers=False)
-    if options["text_field"] is not None:
+    elif given and text_field is not None:
         raise UsageError(
-            f"--text-field {options['text_field']} is for plain text, but --data {source} is read as examples of"
-            f" {fields.prompt!r} and {fields.answer!r}: leave out one of them"
+            f"--text-field {text_field} is for plain text, and {_flag(f'{next(iter(given))}_field', options)} for"
+            " examples: leave out one of them"
         )
-    return Data(*split_examples(load_examples(source, fields=fields)), answers=True)
+    parts = load_parts(source, fields=Fields(**given) if given else None, text_field=text_field)
+    if "training" not in parts:
+        raise UsageError(f"--data {source} is for evaluation alone, never for training: choose other data")
+    train, held_out = parts["training"], parts["held out"]
+    answers = isinstance(train[0], Example)
+    if options["chat"] and not answers:
+        raise UsageError(
+            f"--chat is for examples, and --data {source} is plain text: give a .jsonl or .tsv file with the fields"
+            " 'prompt' and 'answer'"
+        )
+    return Data(train, held_out, answers=answers)
+
+
+def _flag(name: str, options: Mapping[str, Any]) -> str:
+    return f"--{name.replace('_', '-')} {options[name]}"
 
 
 def pack_data(

@@ -32,7 +32,11 @@ def run(
     ] = False,
     data: Annotated[
         str,
-        option(DATA, "stdlib (Python's own source), a text file, a folder, a .jsonl or .tsv file or a hub dataset id."),
+        option(
+            DATA,
+            "A data set by name (`ebft data` lists them: stdlib, qa-code, translation, ...), a text file, a folder, a"
+            " .jsonl or .tsv file or a hub dataset id.",
+        ),
     ] = "stdlib",
     text_field: Annotated[
         str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")

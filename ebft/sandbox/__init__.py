@@ -16,10 +16,11 @@ randomness, and limits of the kernel on processor time, memory of each process, 
 program runs as the user `nobody`. macOS does not enforce the limit on memory.
 
 What a verdict is worth. "passed" needs a random token that the harness writes after the last test. Ending early,
-printing, replacing built-in functions or forking does not produce it. But program and tests share one interpreter,
-as tests that call functions must: a program that looks for the harness in its own process (frames, the garbage
-collector, its memory) can find the token, one that replaces a library function which the tests call, or returns objects
-whose ``__eq__`` is always true, makes them pass. Tests that compare types and values plainly leave less room.
+printing, replacing built-in functions (by any name) or what the tests import, tracing or forking does not produce it.
+But program and tests share one interpreter, as tests that call functions must: a program that looks for the harness in
+its own process (frames, its memory) can find the token, one that changes the inside of a library function which the
+tests call, or returns objects whose ``__eq__`` is always true, makes them pass. Tests that compare types and values
+plainly leave less room.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class Result:
     def passed(self) -> bool:
         """Whether all tests ran and none raised."""
         return self.reason == "passed"
+
+
+def tally(results: Sequence[Result]) -> dict[str, int]:
+    """How many results have each of `REASONS`."""
+    return {reason: sum(result.reason == reason for result in results) for reason in REASONS}
 
 
 class SandboxError(UsageError):
@@ -160,6 +166,22 @@ def best_isolation() -> str:
     except SandboxError:
         return "limits"
     return "namespaces"
+
+
+def weaknesses(isolation: str | None = None) -> list[str]:
+    """The protections that programs are not under here, a sentence each; none with namespaces.
+
+    Args:
+        isolation: of :func:`run`; None for the best that this machine permits.
+    """
+    if (isolation or best_isolation()) == "namespaces":
+        return []
+    return [
+        "network, new programs and files outside are refused by the interpreter, not by the kernel: native code would"
+        " get past that",
+        "other processes can be seen",
+        *(["memory is not limited"] if sys.platform == "darwin" else []),
+    ]
 
 
 def check_limits(*, timeout: float, memory: int, isolation: str | None) -> None:

@@ -18,6 +18,7 @@ FILES = ("mkdir", "chdir", "fchdir", "link", "symlink", "chmod", "chown", "setxa
 EVENTS = frozenset(f"os.{name}" for name in PROCESSES + FILES)
 CHANGES = frozenset(f"os.{name}" for name in ("rename", "remove", "rmdir", "truncate", "utime"))
 LISTS = frozenset(f"os.{name}" for name in ("listdir", "scandir"))
+INSPECTION = frozenset({"sys.settrace", "sys.setprofile", "gc.get_objects", "gc.get_referrers", "gc.get_referents"})
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -30,6 +31,17 @@ def install(folder: str) -> None:
     library = {os.path.realpath(path) for path in (sys.base_prefix, os.path.dirname(os.__file__))}
     readable = (*own, *library, "/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
     sys.addaudithook(_hook(own, readable))
+
+
+def refuse_inspection() -> None:
+    """Refuse, from now on, tracing, which can skip lines of the tests, and a look at all objects of the interpreter."""
+    refused, error = INSPECTION, PermissionError
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in refused:
+            raise error(f"refused in the sandbox: {event}")
+
+    sys.addaudithook(hook)
 
 
 def _hook(own: tuple[str, ...], readable: tuple[str, ...]) -> Callable[[str, tuple], None]:

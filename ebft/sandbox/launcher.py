@@ -7,11 +7,14 @@ limits. The verdict goes to the file descriptor ``report``: the token when all t
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import os
+import re
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -78,13 +81,18 @@ def run(program: str, tests: str, *, token: str, report: int) -> None:
         write(report, verdict.encode())
         end(0)
 
+    restore = remember(tests)
+    guards.refuse_inspection()
     module = ModuleType("program")
+    space = vars(module)
     sys.modules["program"] = sys.modules["__main__"] = module
     kind = "error"
     try:
-        exec_(compile_(program, "<program>", "exec", 0, True, 0), vars(module))
+        exec_(compile_(program, "<program>", "exec", 0, True, 0), space)
         kind = "failed"
-        names = copy(vars(module), __builtins__=pristine)
+        restore()
+        own = {name: value for name, value in space.items() if name not in pristine}
+        names = copy(own, __builtins__=pristine, __name__="program")
         exec_(compile_(tests, "<tests>", "exec", 0, True, 0), names)
     except SystemExit:
         finish("exit")
@@ -96,6 +104,22 @@ def run(program: str, tests: str, *, token: str, report: int) -> None:
             show()
         finish(kind)
     finish(token)
+
+
+def remember(tests: str) -> Callable[[], None]:
+    """Import what `tests` import; what is returned undoes a program's changes to these modules' names."""
+    modules, kept = sys.modules, []
+    for name in re.findall(r"^\s*(?:import|from)\s+([\w.]+)", tests, re.MULTILINE):
+        with suppress(Exception):  # the tests will fail of it, and say so
+            module = importlib.import_module(name)
+            kept.append((name, module, vars(module), dict(vars(module))))
+
+    def restore() -> None:
+        for name, module, now, before in kept:
+            modules[name] = module
+            now.update(before)
+
+    return restore
 
 
 if __name__ == "__main__":

