@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ebft.draw import is_truncated, sampling_log_probs
 
+Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [R,V] of two models -> [R]
+
 
 def chosen_log_probs(
     logits: Callable[[torch.Tensor], torch.Tensor],
@@ -54,6 +56,38 @@ def chosen_log_probs(
     else:
         results = [chunk(*part) for part in parts]
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]) if entropy else None
+
+
+def compared(
+    function: Compare,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    reference_logits: Callable[[torch.Tensor], torch.Tensor],
+    reference_hidden: torch.Tensor,
+    *,
+    rows: int,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """A function of two models' next-token distributions, `rows` states at a time, computed again in backward.
+
+    Args:
+        function: logits [R,V] of the model and of the reference, over the temperature -> [R].
+        logits, reference_logits: their heads, [R,H] -> [R,V].
+        hidden: [R,H], with gradient; reference_hidden: [R,H'], without.
+
+    Returns:
+        Values [R], float32 (float64 for a float64 model).
+    """
+
+    def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            reference = reference_logits(theirs) / temperature
+        return function(logits(ours) / temperature, reference)
+
+    parts = zip(hidden.split(rows), reference_hidden.split(rows), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    return torch.cat([chunk(*part) for part in parts])
 
 
 def _entropy(log_probs: torch.Tensor) -> torch.Tensor:

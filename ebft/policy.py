@@ -19,10 +19,10 @@ from torch import nn
 
 from ebft import attention
 from ebft.architectures import comb_differs, position_limit, refuse_unknown_head, why_not_a_comb
-from ebft.draw import check_sampling, draw, keyed_uniform
+from ebft.draw import check_sampling, draw, is_truncated, keyed_uniform
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
-from ebft.head import chosen_log_probs
+from ebft.head import Compare, chosen_log_probs, compared
 from ebft.layout import NestedPrefixLayout
 from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
 from ebft.rows import row_states
@@ -346,6 +346,8 @@ class CausalPolicy:
         min_p: float | None = None,
         document_ids: torch.Tensor | None = None,
         entropy: bool = False,
+        reference: CausalPolicy | None = None,
+        divergence: Compare | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Log-probabilities of all rollouts and of the sequence itself in one pass, with gradient.
 
@@ -358,14 +360,23 @@ class CausalPolicy:
                 log-probs are those that it recorded; a token that truncation drops has -inf.
             document_ids: [B,T] int64; contexts stay inside their document.
             entropy: also return the entropy of the distribution that each rollout token was drawn from.
+            divergence: also return this function of the distribution that each rollout token was drawn from and that
+                of `reference`, over the whole vocabulary: logits [R,V] of both, over the temperature, to [R]
+                (`ebft.objectives.exact_kl`). No more than `head_rows` rows of logits exist at a time, in backward too.
 
         Returns:
             log_prob [B,K,N,G] float32, 0 where `rollout_mask` is False;
             token_log_prob [B,T-1] float32: of tokens[:, 1:] at temperature 1, 0 where the predicted token is padding;
-            with `entropy`, entropy [B,K,N,G] float32 in nats, with gradient, 0 where `rollout_mask` is False.
+            with `entropy`, entropy [B,K,N,G] float32 in nats, with gradient, 0 where `rollout_mask` is False;
+            with `divergence`, it as [B,K,N,G] float32, with gradient for this policy, 0 where `rollout_mask` is False.
+
+        Raises:
+            UsageError: a setting out of range, or a `divergence` without a `reference` or of truncated distributions.
         """
         settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         check_sampling(**settings)
+        if divergence is not None:
+            self._check_divergence(reference, settings)
         _, _, rollouts, horizon = rollout_tokens.shape
         layout = NestedPrefixLayout(
             anchors,
@@ -394,10 +405,52 @@ class CausalPolicy:
             return torch.where(real, torch.cat([start[..., None], rest], -1), 0.0)
 
         results = (whole(first, later[:, 0]), own.new_zeros(known.shape).masked_scatter(known, own[:, 0]))
-        if not entropy:
-            return results
-        spread = first_entropy[:, None].expand(-1, rollouts)  # type: ignore[index]
-        return (*results, whole(spread, later_entropy))  # type: ignore[arg-type]
+        if entropy:
+            spread = first_entropy[:, None].expand(-1, rollouts)  # type: ignore[index]
+            results = (*results, whole(spread, later_entropy))  # type: ignore[arg-type, assignment]
+        if divergence is not None and reference is not None:
+            with torch.no_grad():
+                their_trunk, their_teeth = reference._states(layout, tokens, rollout_tokens[..., :-1], None)[-1]
+            theirs = their_trunk[rows, layout.anchors[rows, columns] - 1], their_teeth[later_real]
+            at_first, at_later = (
+                self._compare(divergence, states, reference, other, temperature)
+                for states, other in zip((at_anchors, teeth[later_real]), theirs, strict=True)
+            )
+            results = (*results, whole(at_first[:, None].expand(-1, rollouts), at_later))  # type: ignore[assignment]
+        return results
+
+    def _check_divergence(self, reference: CausalPolicy | None, settings: dict) -> None:
+        if reference is None:
+            raise UsageError("divergence compares with a reference policy: give one")
+        if is_truncated(settings):
+            raise UsageError(
+                f"divergence of distributions truncated by {settings}: a token that one of the two drops makes it"
+                " infinite; score with top_p=1 and without top_k and min_p"
+            )
+        if reference._adapters_off and hasattr(self.causal_lm.get_output_embeddings(), "base_layer"):
+            raise UsageError("divergence from the start of a policy with adapters on its head is not supported")
+
+    def _compare(
+        self,
+        function: Compare,
+        hidden: torch.Tensor,
+        reference: CausalPolicy,
+        reference_hidden: torch.Tensor,
+        temperature: float,
+    ) -> torch.Tensor:
+        """`function` of the next-token distributions at hidden states [R,H] of both policies: [R]."""
+        if not hidden.numel():
+            return hidden.sum(-1, dtype=torch.float32)
+        with self.computing():
+            return compared(
+                function,
+                self.logits,
+                hidden,
+                reference.logits,
+                reference_hidden,
+                rows=self.head_rows,
+                temperature=temperature,
+            )
 
     def _select(
         self, hidden: torch.Tensor, tokens: torch.Tensor, settings: dict, entropy: bool

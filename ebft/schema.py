@@ -49,6 +49,7 @@ ADVANTAGE = ("rollout", "advantage")
 POLICY_LOG_PROB = ("policy", "log_prob")
 POLICY_TOKEN_LOG_PROB = ("policy", "token_log_prob")
 POLICY_ENTROPY = ("policy", "entropy")
+POLICY_DIVERGENCE = ("policy", "divergence")
 REFERENCE_LOG_PROB = ("reference", "log_prob")
 TOTAL_ROLLOUTS = ("total", "rollouts")
 TOTAL_TOKENS = ("total", "tokens")
@@ -91,6 +92,7 @@ FIELDS: dict[NestedKey, Field] = {
     POLICY_LOG_PROB: Field("B K N G", "float", "policy scoring (ebft.policy)"),
     POLICY_TOKEN_LOG_PROB: Field("B T-1", "float", "policy scoring (ebft.policy)"),
     POLICY_ENTROPY: Field("B K N G", "float", "policy scoring (ebft.policy)"),
+    POLICY_DIVERGENCE: Field("B K N G", "float", "policy scoring (ebft.policy), with a reference"),
     REFERENCE_LOG_PROB: Field("B K N G", "float", "reference scoring (ebft.policy)"),
     TOTAL_ROLLOUTS: Field("B", "float", "the loop: rollouts of valid anchors in the whole batch, repeated per row"),
     TOTAL_TOKENS: Field("B", "float", "the loop: unmasked rollout tokens in the whole batch, repeated per row"),

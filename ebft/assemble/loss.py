@@ -7,6 +7,7 @@ from typing import Any
 
 from ebft.components import choose
 from ebft.errors import UsageError
+from ebft.objectives.kl import EXACT
 from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL, KLController, StopAbove
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.policy_gradient import check_cap
@@ -37,6 +38,13 @@ def check_loss_options(options: Mapping[str, Any]) -> None:
             _refuse(options, name, f"its weight is 0; give --{_flag(weight)} a number above 0")
     if options["kl_schedule"] is not None and options["kl_target"] is not None:
         _refuse(options, "kl_schedule", "the weight follows --kl-target; give one of the two")
+    if options["kl_mode"] in EXACT and options["top_p"] < 1:
+        _refuse(
+            options,
+            "kl_mode",
+            f"--top-p {options['top_p']} drops tokens, and one that the start drops makes the divergence infinite; use"
+            " --top-p 1, or k2",
+        )
     if options["updates"] > 1 and options["pg"] == "reinforce":
         _refuse(
             options,

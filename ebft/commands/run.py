@@ -201,7 +201,11 @@ def run(
     kl: Annotated[float, option(LOSS, "β, weight of the divergence from the start.")] = 0.0,
     kl_mode: Annotated[
         str | None,
-        option(LOSS, "Estimator k1, k2 or k3 (default: what descends KL(policy ‖ start): k2, in the reward k1)"),
+        option(
+            LOSS,
+            "Estimator k1, k2 or k3; exact or exact_forward, KL(policy ‖ start) or KL(start ‖ policy) over the whole"
+            " vocabulary at every token, in the loss (default: what descends KL(policy ‖ start): k2, in the reward k1)",
+        ),
     ] = None,
     kl_in: Annotated[str | None, option(LOSS, "Divergence in the loss or in the reward (default loss)")] = None,
     kl_scope: Annotated[

@@ -13,6 +13,7 @@ from torch import Tensor
 from ebft import schema
 from ebft.data.packing import batches
 from ebft.errors import UsageError
+from ebft.head import Compare
 from ebft.objectives.counts import rollout_mask, totals
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
@@ -103,8 +104,10 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             for part in parts:
                 with clock("score"):
-                    new = reference if loss.kl_coefficient and not update else None
-                    score(policy, part, reference=new, scoring=scoring, entropy=bool(loss.entropy_coefficient))
+                    exact = loss.divergence  # of the policy as it is now; sampled log-probs of the start stay
+                    new = reference if loss.kl_coefficient and (exact or not update) else None
+                    entropy = bool(loss.entropy_coefficient)
+                    score(policy, part, reference=new, scoring=scoring, entropy=entropy, divergence=exact)
                     if not update:
                         _add(terms, {"sampler_mismatch": mismatch(part)})
                     if truncation is not None and not update:
@@ -176,19 +179,24 @@ def score(
     reference: CausalPolicy | None = None,
     scoring: Mapping[str, float] | None = None,
     entropy: bool = False,
+    divergence: Compare | None = None,
 ) -> None:
     """Write the policy's log-probs of rollouts and sequences, and the reference's of the rollouts, into `td`.
 
-    With `entropy` also that of the distributions that the rollout tokens were drawn from.
+    With `entropy` also that of the distributions that the rollout tokens were drawn from; with `divergence` that
+    function of these distributions and the reference's, in place of the reference's log-probs.
     """
     inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
     inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
     options = {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
-    scored = policy.score(*inputs, **options, entropy=entropy)
+    compare = {} if divergence is None else {"reference": reference, "divergence": divergence}
+    scored = policy.score(*inputs, **options, entropy=entropy, **compare)
     td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = scored[:2]
     if entropy:
         td[schema.POLICY_ENTROPY] = scored[2]
-    if reference is not None:
+    if divergence is not None:
+        td[schema.POLICY_DIVERGENCE] = scored[-1]
+    elif reference is not None:
         with torch.no_grad():
             td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
 

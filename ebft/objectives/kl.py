@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -125,3 +127,7 @@ def exact_kl(logits: Tensor, reference_logits: Tensor, *, direction: str = "reve
     possible = first > -torch.inf  # a token of probability 0 counts 0, whatever the second distribution says
     difference = torch.where(possible, first, 0.0) - torch.where(possible, second, 0.0)
     return (first.exp() * difference).sum(-1)
+
+
+# Divergences that a loss may be of, by name: logits [...,V] of policy and reference -> [...].
+EXACT = {"exact": exact_kl, "exact_forward": partial(exact_kl, direction="forward")}

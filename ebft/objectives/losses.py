@@ -24,7 +24,7 @@ from ebft.objectives.counts import (
     rollout_mask,
 )
 from ebft.objectives.cross_entropy import cross_entropy
-from ebft.objectives.kl import kl_estimate, kl_penalty
+from ebft.objectives.kl import EXACT, kl_estimate, kl_penalty
 from ebft.objectives.policy_gradient import reinforce
 
 _OPTIONAL_KEYS = ("answer_mask", "document_ids", "total_rollouts", "total_tokens", "total_trunk_tokens")
@@ -62,8 +62,11 @@ class EBFTLoss(LossModule):
         kl_in: "loss" for a term of its own; "reward" takes it off the advantage (``kl.kl_penalty``), so that the
             policy gradient carries it, clipping and c_pg included: c_pg · (feature matching + c_kl · divergence).
         kl_estimator: "k1", "k2" or "k3" of ``kl.kl_estimate``, which says what each descends in the loss and in the
-            reward. None takes the one whose gradient is that of KL(policy ‖ reference): "k2" in the loss, "k1" in the
-            reward.
+            reward; None takes the one whose gradient is that of KL(policy ‖ reference): "k2" in the loss, "k1" in the
+            reward. "exact" is KL(policy ‖ reference) and "exact_forward" KL(reference ‖ policy) of the next-token
+            distributions that the rollout tokens were drawn from, summed over the vocabulary: the values and gradients
+            that "k1" (in value), "k2" (in gradient) and "k3" (in gradient) per token have on average over the token,
+            without the noise of its draw. They are for the loss and per token only.
         kl_scope: in the loss, "token" for the divergence between next-token distributions in the contexts visited;
             "rollout" for the one between distributions of rollouts, as in (10) of the paper (exact in expectation with
             "k2" and ``normalization="sequence"``). In the reward both are the latter, "token" with less variance.
@@ -76,13 +79,13 @@ class EBFTLoss(LossModule):
     Reads (schema's names; change them with ``set_keys``) ``anchor_mask`` and ``("rollout", "mask")``, and per term:
     ``("policy", "log_prob")`` and ``("rollout", "advantage")`` [B,K,N] or [B,K,N,G], with ``("rollout", "log_prob")``
     where the function takes ``old_log_prob``; ``("policy", "token_log_prob")``, ``mask`` and, where present,
-    ``answer_mask`` and ``document_ids``; ``("reference", "log_prob")``; ``("policy", "entropy")``. A term with
-    coefficient 0 reads and returns nothing.
+    ``answer_mask`` and ``document_ids``; ``("reference", "log_prob")``, for an exact divergence ``("policy",
+    "divergence")`` in its place; ``("policy", "entropy")``. A term with coefficient 0 reads and returns nothing.
 
     Returns a TensorDict without batch size: ``loss_policy_gradient``, ``loss_cross_entropy``, ``loss_kl`` (not when the
     divergence is in the reward), ``loss_entropy``, weighted and with gradient, to be summed; ``cross_entropy`` (nats
-    per token), ``kl`` (k3 estimate, unbiased on-policy whatever the `kl_estimator`) and ``entropy``, both in nats per
-    rollout or per token as normalised; these are detached and without weights.
+    per token), ``kl`` (the divergence itself if `kl_estimator` is exact, else the k3 estimate, unbiased on-policy) and
+    ``entropy``, both in nats per rollout or per token as normalised; these are detached and without weights.
 
     Raises:
         UsageError: at construction, an option out of range or a function that cannot be called so; when called, a
@@ -98,6 +101,7 @@ class EBFTLoss(LossModule):
         policy_log_prob: NestedKey = schema.POLICY_LOG_PROB
         policy_token_log_prob: NestedKey = schema.POLICY_TOKEN_LOG_PROB
         policy_entropy: NestedKey = schema.POLICY_ENTROPY
+        policy_divergence: NestedKey = schema.POLICY_DIVERGENCE
         reference_log_prob: NestedKey = schema.REFERENCE_LOG_PROB
         mask: NestedKey = schema.MASK
         answer_mask: NestedKey = schema.ANSWER_MASK
@@ -126,7 +130,9 @@ class EBFTLoss(LossModule):
         _check_choice("kl_in", kl_in, ("loss", "reward"))
         if kl_estimator is None:
             kl_estimator = "k2" if kl_in == "loss" else "k1"
-        _check_choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+        _check_choice("kl_estimator", kl_estimator, ("k1", "k2", "k3", *EXACT))
+        if kl_estimator in EXACT:
+            _check_exact(kl_estimator, kl_in, kl_scope)
         check_cross_entropy_tokens(cross_entropy_tokens)
         _check_choice("kl_scope", kl_scope, ("token", "rollout"))
         _check_choice("normalization", normalization, ("sequence", "token"))
@@ -152,6 +158,11 @@ class EBFTLoss(LossModule):
         self.entropy_coefficient = entropy_coefficient
         self.cross_entropy_tokens = cross_entropy_tokens
         self.normalization = normalization
+
+    @property
+    def divergence(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Function of policy's and reference's logits that ``("policy", "divergence")`` is to hold; None: no need."""
+        return EXACT.get(self.kl_estimator) if self.kl_coefficient else None
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """There is no value estimator to tell about changed keys."""
@@ -183,9 +194,13 @@ class EBFTLoss(LossModule):
             value = self._cross_entropy(inputs)
             out["loss_cross_entropy"] = self.cross_entropy_coefficient * value
             out["cross_entropy"] = value.detach()
-        if self.kl_coefficient and self.kl_in == "loss":
+        if self.kl_coefficient and self.divergence is not None:
+            terms = torch.where(rollout_mask(inputs), inputs[schema.POLICY_DIVERGENCE], 0.0)
+            value = self._mean(terms, inputs)
+            out["loss_kl"], out["kl"] = self.kl_coefficient * value, value.detach()
+        elif self.kl_coefficient and self.kl_in == "loss":
             out["loss_kl"] = self.kl_coefficient * self._mean(self._kl_terms(inputs, self.kl_estimator), inputs)
-        if self.kl_coefficient:
+        if self.kl_coefficient and self.divergence is None:
             with torch.no_grad():
                 out["kl"] = self._mean(self._kl_terms(inputs, "k3", summed=False), inputs)
         if self.entropy_coefficient:
@@ -198,12 +213,13 @@ class EBFTLoss(LossModule):
         names: list[str] = []
         if self.policy_gradient_coefficient or self.kl_coefficient or self.entropy_coefficient:
             names += ["anchor_mask", "rollout_mask"]
-        if self.policy_gradient_coefficient or self.kl_coefficient:
+        sampled_kl = self.kl_coefficient and self.divergence is None
+        if self.policy_gradient_coefficient or sampled_kl:
             names += ["policy_log_prob"]
         if self.policy_gradient_coefficient:
             names += ["advantage"] + ["rollout_log_prob"] * self.needs_old_log_prob
         if self.kl_coefficient:
-            names += ["reference_log_prob"]
+            names += ["reference_log_prob" if sampled_kl else "policy_divergence"]
         if self.entropy_coefficient:
             names += ["policy_entropy"]
         if self.cross_entropy_coefficient:
@@ -289,6 +305,19 @@ def _takes_old_log_prob(policy_gradient: Callable[..., Tensor]) -> bool:
             f" old_log_prob, anything else with a default or bound by functools.partial (unbound: {sorted(unbound)})"
         )
     return "old_log_prob" in named
+
+
+def _check_exact(estimator: str, kl_in: str, kl_scope: str) -> None:
+    if kl_in != "loss":
+        raise UsageError(
+            f"kl_estimator={estimator!r} in the reward: it is the same whatever token is drawn, so that a reward of it"
+            " has no gradient at the token's own position; use it in the loss, or 'k1' in the reward"
+        )
+    if kl_scope != "token":
+        raise UsageError(
+            f"kl_estimator={estimator!r} with kl_scope={kl_scope!r}: summed over the vocabulary at each position, it"
+            " has the gradient of next-token distributions in the contexts visited only; use kl_scope='token', or 'k2'"
+        )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
