@@ -189,8 +189,8 @@ def score(
     inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
     inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
     options = {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
-    compare = {} if divergence is None else {"reference": reference, "divergence": divergence}
-    scored = policy.score(*inputs, **options, entropy=entropy, **compare)
+    start = None if divergence is None else reference
+    scored = policy.score(*inputs, **options, entropy=entropy, reference=start, divergence=divergence)
     td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = scored[:2]
     if entropy:
         td[schema.POLICY_ENTROPY] = scored[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -130,4 +131,7 @@ def exact_kl(logits: Tensor, reference_logits: Tensor, *, direction: str = "reve
 
 
 # Divergences that a loss may be of, by name: logits [...,V] of policy and reference -> [...].
-EXACT = {"exact": exact_kl, "exact_forward": partial(exact_kl, direction="forward")}
+EXACT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exact": exact_kl,
+    "exact_forward": partial(exact_kl, direction="forward"),
+}
