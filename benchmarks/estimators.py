@@ -23,6 +23,7 @@ not look at the group. Intervals are 95 %, by jackknife over sequences.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -141,15 +142,16 @@ def measures(parts: Mapping[str, Tensor], *, unbiased: bool) -> dict[str, Tensor
     }
 
 
-def with_intervals(parts: Mapping[str, Tensor], *, unbiased: bool) -> dict[str, list[float]]:
-    """Each measure with the half-width of its 95 % interval, by jackknife over sequences."""
+def with_intervals(parts: Mapping[str, Tensor], *, unbiased: bool) -> dict[str, list[float | None]]:
+    """Each measure with the half-width of its 95 % interval, by jackknife over sequences; None where not finite."""
     count = len(parts["free"])
     whole = measures({name: value.mean() for name, value in parts.items()}, unbiased=unbiased)
     without = measures({n: (v.sum() - v) / (count - 1) for n, v in parts.items()}, unbiased=unbiased)
     width = float(student.ppf(0.975, count - 1))
     spread = {name: (values - values.mean()).square().sum() for name, values in without.items()}
     half = {name: width * ((count - 1) / count * value).sqrt().item() for name, value in spread.items()}
-    return {name: [value.item(), half[name]] for name, value in whole.items()}
+    pairs = {name: (value.item(), half[name]) for name, value in whole.items()}
+    return {name: [number if math.isfinite(number) else None for number in pair] for name, pair in pairs.items()}
 
 
 def population(rollout: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

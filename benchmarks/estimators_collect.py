@@ -65,7 +65,7 @@ def collect(
         raise UsageError(f"data {data} gives {len(rows)} sequences of {length} tokens: expected {sequences} or more")
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:sequences]]
     maps = {
-        name: choose("features", name).build(model, model, **resolve_options({"features": name}, {})["features"])
+        name: choose("features", name).build(model, model, **resolve_options({"features": name}, {})["features"]).embed
         for name in features
     }
     folder.mkdir(parents=True, exist_ok=True)

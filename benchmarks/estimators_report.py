@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         for row in _rows(results, features, size=MAIN, whitening=None):
             place = cells.setdefault((row["kernel"], row["whitening"]), {})
             biased = row["estimator"] in ("mean", "group_norm")
-            place[row["estimator"]] = _pair(row["speed_up"]) + (f" ({row['cosine'][0]:.2f})" if biased else "")
+            place[row["estimator"]] = _pair(row["speed_up"]) + (f" ({_pair(row['cosine'])})" if biased else "")
         lines += [f"| {' | '.join([*key, *(cells[key][name] for name in names)])} |" for key in cells]
     return "\n".join(lines) + "\n"
 
@@ -66,8 +67,8 @@ def draw(rows: list[Row], path: Path) -> None:
             own = [r for r in chosen if r["estimator"] == estimator]
             free = {r["rollouts"]: r["variance"][0] for r in chosen if r["estimator"] == "none"}
             sizes = [r["rollouts"] for r in own]
-            variances = [r["rollouts"] * free[r["rollouts"]] / r["speed_up"][0] for r in own]
-            needed = [variance / (MAIN * start["variance"][0]) for variance in variances]
+            variances = [r["rollouts"] * (free[r["rollouts"]] or nan) / (r["speed_up"][0] or nan) for r in own]
+            needed = [variance / (MAIN * (start["variance"][0] or nan)) for variance in variances]
             panel.plot(sizes, needed, marker="o", label=estimator)
         panel.set(title=f"features {features}", xlabel="rollouts per context, N", xscale="log", yscale="log")
         panel.set_xticks(sizes, [str(n) for n in sizes])
@@ -102,5 +103,6 @@ def _line(first: str, row: Row) -> str:
     return f"| {first} | {row['estimator']} | {' | '.join(numbers)} |"
 
 
-def _pair(value: list[float]) -> str:
-    return f"{value[0]:.3g} ± {value[1]:.2g}"
+def _pair(value: list[float | None]) -> str:
+    number, width = ("–" if x is None else f"{x:.{digits}g}" for x, digits in zip(value, (3, 2), strict=True))
+    return f"{number} ± {width}"

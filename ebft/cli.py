@@ -13,6 +13,7 @@ from ebft.commands.data import data
 from ebft.commands.run import run
 from ebft.commands.sample import sample
 from ebft.commands.signal import signal
+from ebft.commands.tilt import tilt
 from ebft.errors import UsageError
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, signal, components, data):
+for command in (run, sample, signal, tilt, components, data):
     app.command()(command)
 
 

@@ -10,6 +10,7 @@ from ebft.assemble.rows import pack_data, read_data
 from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
 from ebft.assemble.signal import signal_from_options
+from ebft.assemble.tilt import tilt_from_options
 
 __all__ = [
     "GROUPS",
@@ -30,4 +31,5 @@ __all__ = [
     "run_from_options",
     "sample_from_options",
     "signal_from_options",
+    "tilt_from_options",
 ]
