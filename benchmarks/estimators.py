@@ -7,14 +7,15 @@ Of M rollouts for each context, groups of N are drawn again and again (`--repeat
 rollouts, fixed by the seed); every estimator turns a group into a gradient estimate, of which the collection kept
 projections (`estimators_collect.py`). What is reported, by N, kernel, whitening and estimator:
 
-* ``variance``: of the estimate given the context, tr Cov, over the squared norm of its mean without a baseline: noise
-  to signal of one group;
-* ``scale`` and ``cosine`` of its mean to the mean without a baseline, which is unbiased: both 1 without bias. Squares
+* ``variance``: of the estimate given the context, tr Cov, over the squared norm of the gradient: noise to signal of
+  one group;
+* ``scale`` and ``cosine`` of its mean to the gradient: both 1 without bias. The gradient is that of ``rloo`` over all
+  rollouts of a half (with whitening in the group, that of ``none`` at the same N, since each N has its own). Squares
   and products of means are taken between the two halves, which share no rollouts;
 * ``speed_up``: how many times fewer rollouts than without a baseline give a gradient of equal error, at the same N,
   contexts given: the ratio of the variances, each at the scale that suits it best. What a bias leaves over, however
-  many rollouts there are (1 - cosine²), is not in it. ``speed_up_texts`` is the same with contexts drawn anew for every
-  group, whose differences no estimator removes.
+  many rollouts there are (1 - cosine²), is not in it. ``over_rloo`` is the same against ``rloo``, and
+  ``speed_up_texts`` against none with contexts drawn anew for every group, whose differences no estimator removes.
 
 Estimators that are proved unbiased (tests/test_objectives_baselines.py) count with a scale of 1 where whitening does
 not look at the group. Intervals are 95 %, by jackknife over sequences.
@@ -80,7 +81,9 @@ def gradients(
 
     Returns:
         Estimator -> ``halves`` [2,A,P], the mean estimate from each half of the rollouts, and ``square`` [A], the mean
-        squared norm of an estimate.
+        squared norm of an estimate; ``reference`` -> its ``halves``, the gradient as well as the rollouts know it:
+        ``rloo`` over each half as one group, with whitening in the group (where every size of group has a gradient of
+        its own) ``none``.
     """
     contexts, count = scores.shape[:2]
     random = torch.Generator().manual_seed(seed)
@@ -91,9 +94,9 @@ def gradients(
         for name in ESTIMATORS
     }
     for _ in range(repeats):
-        order = torch.randperm(count, generator=random)
-        for number in range(2):
-            index = order[number * half : number * half + groups * size].view(groups, size)
+        for number in range(2):  # the halves stay the same in all repeats: their means share no rollouts
+            order = number * half + torch.randperm(half, generator=random)
+            index = order[: groups * size].view(groups, size)
             rollout, goal = features[:, index], target[:, None].expand(-1, groups, -1)
             if group_whitening:
                 rollout, goal = whiten(rollout, goal, mode="group")
@@ -105,46 +108,54 @@ def gradients(
                 estimate = torch.einsum("agn,agnp->agp", gain, scores[:, index]) / size
                 sums[name]["halves"][number] += estimate.mean(1) / repeats
                 sums[name]["square"] += estimate.square().sum(-1).mean(1) / (2 * repeats)
-    return sums
+    if group_whitening:
+        return {**sums, "reference": {"halves": sums["none"]["halves"]}}
+    halves = []
+    for own, score in zip(features.split(half, 1), scores.split(half, 1), strict=False):
+        gain = advantage(*values_of(kernel)(own, target), estimator="rloo")
+        halves.append(torch.einsum("an,anp->ap", gain, score) / half)
+    return {**sums, "reference": {"halves": torch.stack(halves[:2])}}
 
 
 def products(found: Mapping[str, Mapping[str, Tensor]], sequences: int) -> dict[str, dict[str, Tensor]]:
-    """Per sequence, [sequences]: squared norms of means, their product with the unbiased one, and mean squares."""
-    free = found["none"]["halves"]
+    """Per sequence, [sequences]: squared norms of means, their product with the reference, and mean squares."""
+    truth = found["reference"]["halves"]
 
     def mean(values: Tensor) -> Tensor:
         return values.view(sequences, -1).mean(1)
 
     return {
         name: {
-            "free": mean((free[0] * free[1]).sum(-1)),
-            "both": mean(((own["halves"] * free.flip(0)).sum(-1)).mean(0)),
+            "true": mean((truth[0] * truth[1]).sum(-1)),
+            "both": mean(((own["halves"] * truth.flip(0)).sum(-1)).mean(0)),
             "own": mean((own["halves"][0] * own["halves"][1]).sum(-1)),
             "square": mean(own["square"]),
-            "free_square": mean(found["none"]["square"]),
+            "none": mean(found["none"]["square"]),
+            "rloo": mean(found["rloo"]["square"]),
         }
         for name, own in found.items()
+        if name in ESTIMATORS
     }
 
 
 def measures(parts: Mapping[str, Tensor], *, unbiased: bool) -> dict[str, Tensor]:
     """The reported numbers, from means of :func:`products` (over leading axes, if any)."""
-    free, both, own = parts["free"], parts["both"], parts["own"]
-    scale = torch.ones_like(free) if unbiased else both / free
-    mean_square = free if unbiased else own
-    variance, free_variance = parts["square"] - mean_square, parts["free_square"] - free
+    true, both, own = parts["true"], parts["both"], parts["own"]
+    scale = torch.ones_like(true) if unbiased else both / true
+    variance = parts["square"] - (true if unbiased else own)
     return {
-        "variance": variance / free,
-        "scale": both / free,
-        "cosine": both / (free * own).clamp(min=0).sqrt(),
-        "speed_up": free_variance / variance * scale**2,
-        "speed_up_texts": parts["free_square"] / parts["square"] * scale**2,
+        "variance": variance / true,
+        "scale": both / true,
+        "cosine": both / (true * own).clamp(min=0).sqrt(),
+        "speed_up": (parts["none"] - true) / variance * scale**2,
+        "over_rloo": (parts["rloo"] - true) / variance * scale**2,
+        "speed_up_texts": parts["none"] / parts["square"] * scale**2,
     }
 
 
 def with_intervals(parts: Mapping[str, Tensor], *, unbiased: bool) -> dict[str, list[float | None]]:
     """Each measure with the half-width of its 95 % interval, by jackknife over sequences; None where not finite."""
-    count = len(parts["free"])
+    count = len(parts["true"])
     whole = measures({name: value.mean() for name, value in parts.items()}, unbiased=unbiased)
     without = measures({n: (v.sum() - v) / (count - 1) for n, v in parts.items()}, unbiased=unbiased)
     width = float(student.ppf(0.975, count - 1))
@@ -189,7 +200,7 @@ def evaluate(
             rollout, target = population(*whole) if whitening == "population" else (x[CALIBRATION:] for x in whole)
             for size in sizes:
                 path = folder / "cells" / f"{name}-{whitening}-{size}.json"
-                settings = {"kernels": list(kernels), "repeats": repeats, "seed": seed}
+                settings = {"kernels": list(kernels), "repeats": repeats, "seed": seed, "sequences": len(td)}
                 known = json.loads(path.read_text()) if path.is_file() else {}
                 if known.get("settings") != settings:
                     say(f"features {name}, whitening {whitening}, N {size}")
@@ -215,7 +226,7 @@ def main(
     policy: Annotated[str, typer.Option(help="Policy to collect from.")] = "smollm2-135m",
     data: Annotated[str, typer.Option(help="Text to collect on.")] = "stdlib",
     features: Annotated[str, typer.Option(help="Feature maps to collect, with commas between.")] = "hidden,sbert",
-    sequences: Annotated[int, typer.Option(help=f"Sequences; {CALIBRATION} of them calibrate the population.")] = 20,
+    sequences: Annotated[int, typer.Option(help=f"Sequences; {CALIBRATION} of them calibrate the population.")] = 32,
     rollouts: Annotated[int, typer.Option(help="M, rollouts of every context.")] = 48,
     projections: Annotated[int, typer.Option(help="P, numbers kept of every gradient.")] = 128,
     repeats: Annotated[int, typer.Option(help="Partitions of the rollouts into groups.")] = 6,

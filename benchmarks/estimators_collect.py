@@ -53,10 +53,14 @@ def collect(
     config = {name: value for name, value in locals().items() if name not in ("folder", "say")}
     config["features"] = list(features)
     known = folder / "config.json"
-    if known.is_file() and json.loads(known.read_text()) != config:
-        raise UsageError(f"{folder} holds rollouts made with other settings ({known}): give another folder")
+    before = json.loads(known.read_text()) if known.is_file() else config
+    if before | {"sequences": sequences} != config or before["sequences"] > sequences:
+        raise UsageError(
+            f"{folder} holds rollouts made with other settings ({known}): give another folder, or let --sequences"
+            " alone grow"
+        )
     names = [folder / f"sequence-{number:03d}" for number in range(sequences)]
-    if known.is_file() and all(name.is_dir() for name in names):
+    if before == config and all(name.is_dir() for name in names):
         return
     model = CausalPolicy.from_pretrained(policy, device="cpu", dtype="float32")
     model.model.requires_grad_(False)

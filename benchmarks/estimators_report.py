@@ -39,7 +39,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     for features in config["features"]:
         lines += ["", f"## Features {features}", "", "Dot product, no whitening:", ""]
-        head = ("N", "estimator", "variance", "scale", "cosine", "speed-up", "texts anew")
+        head = ("N", "estimator", "variance", "scale", "cosine", "speed-up", "over rloo", "texts anew")
         lines += [*_head(head), *(_line(str(r["rollouts"]), r) for r in _rows(results, features, kernel="linear"))]
         lines += ["", f"Speed-up over no baseline at N = {MAIN} (cosine of a biased estimate in brackets):", ""]
         names = [name for name in ESTIMATORS if name != "none"]
@@ -69,8 +69,11 @@ def draw(rows: list[Row], path: Path) -> None:
             sizes = [r["rollouts"] for r in own]
             variances = [r["rollouts"] * (free[r["rollouts"]] or nan) / (r["speed_up"][0] or nan) for r in own]
             needed = [variance / (MAIN * (start["variance"][0] or nan)) for variance in variances]
-            panel.plot(sizes, needed, marker="o", label=estimator)
-        panel.set(title=f"features {features}", xlabel="rollouts per context, N", xscale="log", yscale="log")
+            shown = [value if value > 0 else nan for value in needed]  # too noisy to say
+            panel.plot(sizes, shown, marker="o", label=estimator)
+        panel.set(title=f"features {features}", xlabel="rollouts per context, N", xscale="log")
+        if any(value > 0 for line in panel.lines for value in line.get_ydata()):
+            panel.set_yscale("log")
         panel.set_xticks(sizes, [str(n) for n in sizes])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -99,7 +102,7 @@ def _head(names: tuple[str, ...]) -> list[str]:
 
 
 def _line(first: str, row: Row) -> str:
-    numbers = (_pair(row[name]) for name in ("variance", "scale", "cosine", "speed_up", "speed_up_texts"))
+    numbers = (_pair(row[name]) for name in ("variance", "scale", "cosine", "speed_up", "over_rloo", "speed_up_texts"))
     return f"| {first} | {row['estimator']} | {' | '.join(numbers)} |"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebft.errors import UsageError
-from ebft.objectives.diagnostics import gradient_signal_to_noise
+from ebft.objectives.diagnostics import gradient_signal_to_noise, signal_to_noise_of_sums
 from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL, StopAbove
 from ebft.objectives.schedules import schedule
 from ebft.objectives.shaping import clip, keep_groups, standardise
@@ -133,3 +133,27 @@ def test_pure_noise_has_no_signal_on_average() -> None:
 def test_too_few_draws_are_refused() -> None:
     with pytest.raises(UsageError, match=r"\[1, 3\]"):
         gradient_signal_to_noise(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("shares", [[0.5, 1.0], [0.25, 0.5, 1.0], [0.3, 0.6, 0.9, 1.0]], ids=str)
+def test_signal_and_noise_from_running_sums_are_right_on_average(shares) -> None:
+    """S and V by many batches of unequal parts; each part's gradient is a sum over its rows."""
+    rows, size, batches = 20, 6, 4000
+    mean = draw(size) * 0.4
+    single = mean / rows + draw(batches, rows, size, seed=1) / rows  # of a row: S = ‖mean‖², V = size / rows
+    ends = [round(rows * share) for share in shares]
+    norms = torch.stack([single[:, :end].sum(1).square().sum(-1) for end in ends], -1)
+    ratios = torch.tensor([signal_to_noise_of_sums(own.tolist(), shares) for own in norms], dtype=torch.float64)
+    signal = norms[:, -1] * ratios / (1 + ratios)  # back to S and V of every batch
+    noise = norms[:, -1] - signal
+    for values, wanted in ((signal, mean.square().sum()), (noise, size / rows)):
+        assert abs(values.mean() - wanted) < 4 * values.std() / batches**0.5
+        assert values.std() / batches**0.5 < 0.1 * wanted
+
+
+@pytest.mark.parametrize(
+    ("norms", "shares"), [([1.0], [1.0]), ([1.0, 2.0], [0.5]), ([1.0, 2.0], [1.0, 0.5]), ([1.0, 2.0], [0.5, 0.9])]
+)
+def test_sums_that_are_none_are_refused(norms, shares) -> None:
+    with pytest.raises(UsageError, match="expected 2 or more, with shares that rise to 1"):
+        signal_to_noise_of_sums(norms, shares)

@@ -114,6 +114,22 @@ def test_scoring_has_the_temperature_of_sampling(comb) -> None:
     assert (plain - same).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("temperature", [0.6, 0.3])
+def test_log_probs_of_another_temperature_are_the_gradient_of_nothing(temperature: float) -> None:
+    """Sampled at one temperature, scored at 1: a constant advantage moves the policy, and directions are off."""
+    policy, phi, target = TablePolicy(seed=0), features(seed=1), features(seed=2, outcomes=1)[0]
+    tempered = (policy.logits() / temperature).log_softmax(-1).gather(-1, policy.outcomes[..., None])[..., 0].sum(-1)
+    plain, probability = policy.log_prob().sum(-1), tempered.detach().exp()
+    reward = 2 * phi @ target - 2 * phi @ (probability @ phi)
+    exact = policy.gradient((tempered.exp() @ phi - target).square().sum())
+    right, wrong = (policy.gradient(-(probability * reward * scored).sum()) for scored in (tempered, plain))
+    torch.testing.assert_close(right, exact, rtol=0, atol=1e-10)
+    assert torch.cosine_similarity(wrong, exact, dim=0) < 0.999
+    drift, none = (policy.gradient(-(probability * scored).sum()) for scored in (plain, tempered))
+    assert none.norm() < 1e-12
+    assert drift.norm() > 0.05
+
+
 def test_the_reported_loss_is_not_the_plug_in() -> None:
     """‖mean φ - φ(y)‖² is too large by the variance over n."""
     phi, target = draw(2000, 4, 6), draw(2000, 6, seed=1)

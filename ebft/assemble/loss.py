@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,12 +52,28 @@ def check_loss_options(options: Mapping[str, Any]) -> None:
             "updates",
             "reinforce is right for the first update only; use --pg clipped, sequence_clipped or cispo",
         )
+    if options["score_temperature"] is not None:
+        _check_score_temperature(options)
     if options["truncate_weights"] is not None:
         check_cap(options["truncate_weights"])
     if options["clip_advantage"] is not None:
         check_limit(options["clip_advantage"])
     build_schedules(options)
     build_controller(options)
+
+
+def _check_score_temperature(options: Mapping[str, Any]) -> None:
+    if not (math.isfinite(options["score_temperature"]) and options["score_temperature"] > 0):
+        _refuse(options, "score_temperature", "expected a number > 0")
+    if options["pg"] != "reinforce":
+        _refuse(
+            options,
+            "score_temperature",
+            f"--pg {options['pg']} takes ratios to the sampler's log-probs, which are of --temperature"
+            f" {options['temperature']}; use --pg reinforce",
+        )
+    if options["truncate_weights"] is not None:
+        _refuse(options, "score_temperature", "--truncate-weights would take the difference for one of the sampler")
 
 
 def build_loss(options: Mapping[str, Any], policy_gradient: Mapping[str, Any]) -> EBFTLoss:

@@ -127,6 +127,7 @@ def run_from_options(
             batch_size=options["batch"],
             seed=options["seed"],
         )
+    scoring = {"temperature": options["temperature"], "top_p": options["top_p"]}
     run(
         policy,
         pipeline,
@@ -140,12 +141,13 @@ def run_from_options(
         steps=options["steps"],
         batch_size=options["batch"],
         seed=options["seed"],
-        scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
+        scoring=scoring,
         save_every=options["save_every"],
         keep=options["keep"],
         controller=build_controller(options),
         stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},
         training={
+            "scoring": {**scoring, "temperature": options["score_temperature"] or options["temperature"]},
             "micro_batch": options["micro_batch"],
             "updates": options["updates"],
             "truncation": options["truncate_weights"],

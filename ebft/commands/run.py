@@ -188,6 +188,14 @@ def run(
         float | None,
         option(LOSS, "Weigh tokens by p of scoring over p of sampling, at most this (default: no weights)"),
     ] = None,
+    score_temperature: Annotated[
+        float | None,
+        option(
+            LOSS,
+            "Temperature of the rollouts' log-probs in the loss. Another than --temperature is the mismatch of public"
+            " code: no gradient of a loss, and biased (default --temperature)",
+        ),
+    ] = None,
     normalization: Annotated[
         str, option(LOSS, "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code).")
     ] = "sequence",

@@ -66,7 +66,8 @@ def run(
     Args:
         policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`; the pipeline
             serves held-out measurement too.
-        training: further arguments of `ebft.loops.train.train`: micro_batch, max_grad_norm, updates, ...
+        training: further arguments of `ebft.loops.train.train`, or other ones (scoring): micro_batch,
+            max_grad_norm, updates, ...
         stateful: parts of the pipeline with a state that belongs into checkpoints, by name.
         data, held_out: rows of batch size [M], see `ebft.data.packing.pack`.
         reference: the frozen start of the policy.
@@ -109,9 +110,8 @@ def run(
             seed=seed,
             start=start,
             reference=reference,
-            scoring=scoring,
             controller=controller,
-            **training,
+            **{"scoring": scoring, **training},
         )
         saved_step = start
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from tensordict import TensorDictBase
@@ -15,12 +16,18 @@ from ebft.data.packing import batches
 from ebft.errors import UsageError
 from ebft.head import Compare
 from ebft.objectives.counts import rollout_mask, totals
+from ebft.objectives.diagnostics import signal_to_noise_of_sums
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
-from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
+from ebft.objectives.moments import (
+    conditional_feature_matching_loss,
+    distinct_rollouts,
+    effective_rollouts,
+    feature_matching_profile,
+)
 from ebft.objectives.policy_gradient import truncated_weight
 from ebft.objectives.schedules import Schedule
-from ebft.objectives.scores import whole
+from ebft.objectives.scores import hold_last, whole
 from ebft.policy import CausalPolicy
 
 Stage = Callable[[TensorDictBase], TensorDictBase]
@@ -76,9 +83,11 @@ def train(
 
     Yields:
         step (1-based), loss and its terms (at the first update of a batch), reward, feature_matching_loss,
-        distinct_rollouts (share), the metrics of the stages, sampler_mismatch (mean difference in nats between the
-        log-probs of sampling and of scoring), gradient_norm, learning_rate, tokens_per_second (rollout and sequence
-        tokens over the step's time), time_* in seconds.
+        distinct_rollouts (share), effective_rollouts (of N), with features per token feature_matching_loss_1, _2, _4,
+        ... (at these horizons), the metrics of the stages, gradient_signal_to_noise (when the batch is scored in
+        parts, an estimate from this batch alone, see `ebft.objectives.signal_to_noise_of_sums`), sampler_mismatch
+        (mean difference in nats between the log-probs of sampling and of scoring), gradient_norm, learning_rate,
+        tokens_per_second (rollout and sequence tokens over the step's time), time_* in seconds.
 
     Raises:
         NonFiniteLoss: names the step and the term, before the weights are touched.
@@ -98,9 +107,11 @@ def train(
         td.update(totals(td, cross_entropy_tokens=loss.cross_entropy_tokens))
         set_weights(loss, step, schedules=schedules or {}, controller=controller)
 
-        parts, history, rate = td.split(micro_batch or batch_size), [], optimizer.param_groups[0]["lr"]
+        parts, rate = td.split(micro_batch or batch_size), optimizer.param_groups[0]["lr"]
+        history: list[dict[str, float]] = []
         for update in range(updates):
             terms: dict[str, float] = {}
+            sums: list[float] = []  # squared norms of the gradient, from one part of the batch to the next
             optimizer.zero_grad(set_to_none=True)
             for part in parts:
                 with clock("score"):
@@ -117,10 +128,14 @@ def train(
                 _refuse_non_finite(terms, step)
                 with clock("update"):
                     sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+                    if not history and len(parts) > 1:
+                        sums.append(squared_norm(parameters))
             with clock("update"):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
                 _refuse_non_finite({"gradient norm": float(norm)}, step)
                 optimizer.step()
+            if sums:
+                terms["gradient_signal_to_noise"] = signal_to_noise_of_sums(sums, shares(parts))
             history.append({**terms, "gradient_norm": float(norm)})
         if scheduler is not None:
             scheduler.step()
@@ -138,6 +153,18 @@ def train(
             "tokens_per_second": _tokens(td) / clock.total(),
             **clock.times(),
         }
+
+
+def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Of the gradients that they hold."""
+    norms = [p.grad.norm().double() for p in parameters if p.grad is not None]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+
+def shares(parts: Sequence[TensorDictBase]) -> list[float]:
+    """Share of a batch's sequences up to the end of each of its parts."""
+    rows = list(accumulate(len(part) for part in parts))
+    return [count / rows[-1] for count in rows]
 
 
 def set_weights(
@@ -214,12 +241,30 @@ def summarise(td: TensorDictBase) -> dict[str, float]:
     valid = td[schema.ANCHOR_MASK]
     rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].float().mean() / rollouts
+    effective = effective_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].mean()
     summary = {"reward": td[schema.REWARD][valid].mean().item(), "distinct_rollouts": distinct.item()}
+    summary["effective_rollouts"] = effective.item()
     if rollouts > 1:
         matching = conditional_feature_matching_loss(*whole_features(td))
         summary["feature_matching_loss"] = matching[valid].mean().item()
+    if rollouts > 1 and td[schema.ROLLOUT_FEATURES].ndim == 5:
+        summary |= horizon_profile(td)
     own = td.get("metrics", None)
     return summary | ({} if own is None else {name: value[valid].mean().item() for name, value in own.items()})
+
+
+def horizon_profile(td: TensorDictBase) -> dict[str, float]:
+    """Feature-matching loss at horizons 1, 2, 4, ... and the last, from features per token; mean over valid anchors."""
+    held = [
+        hold_last(td[features], td[mask])
+        for features, mask in (
+            (schema.ROLLOUT_FEATURES, schema.ROLLOUT_MASK),
+            (schema.TARGET_FEATURES, schema.TARGET_MASK),
+        )
+    ]
+    profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0).tolist()  # [G]
+    horizons = sorted({len(profile), *(2**power for power in range(len(profile).bit_length()))})
+    return {f"feature_matching_loss_{g}": profile[g - 1] for g in horizons if g <= len(profile)}
 
 
 class Clock:

@@ -16,6 +16,7 @@ module              what it holds
 ``losses``          ``EBFTLoss``, the sum of all terms, as a torchrl module
 ``counts``          what its terms are divided by
 ``energy``          the tilt of the reference that feature matching wants
+``energy_reward``   such an energy as a reward, and as a file
 ``component``       features to advantages, as a step of a pipeline
 ``verifiers``       texts to rewards (exact match, BLEU, chrF, unit tests, one's own), as a step of a pipeline
 ``combine``         weighted sums of rewards, and a step made of several
@@ -31,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 from ebft.objectives.baselines import advantage
 from ebft.objectives.combine import weighted_sum
 from ebft.objectives.counts import totals
-from ebft.objectives.diagnostics import gradient_signal_to_noise
+from ebft.objectives.diagnostics import gradient_signal_to_noise, signal_to_noise_of_sums
 from ebft.objectives.energy import LinearEnergy, effective_sample_size, fit_tilt, resample, tilt_log_weights
+from ebft.objectives.energy_reward import energy_reward, load_energy, save_energy
 from ebft.objectives.kernels import kernel_score_reward, kernel_values
 from ebft.objectives.kl import exact_kl, kl_estimate, kl_penalty
 from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL, KLController, StopAbove
@@ -69,6 +71,7 @@ __all__ = [
     "distinct_rollouts",
     "effective_rollouts",
     "effective_sample_size",
+    "energy_reward",
     "exact_kl",
     "exact_match",
     "feature_matching_profile",
@@ -80,12 +83,15 @@ __all__ = [
     "kernel_values",
     "kl_estimate",
     "kl_penalty",
+    "load_energy",
     "moment_values",
     "reinforce",
     "resample",
     "rollout_scores",
+    "save_energy",
     "schedule",
     "sequence_clipped",
+    "signal_to_noise_of_sums",
     "tilt_log_weights",
     "token_scores",
     "totals",

@@ -11,7 +11,10 @@ from ebft.objectives import shaping
 from ebft.objectives.baselines import rounding, zero_spread
 from ebft.objectives.scores import Scores, Values, check_credit, hold_last, rollout_scores, token_scores
 
-METRICS = ("alignment", "similarity", "reward_spread", "zero_spread_groups", "zero_advantage_groups")
+METRICS = (
+    *("alignment", "similarity", "feature_matching_proxy"),
+    *("reward_spread", "zero_spread_groups", "zero_advantage_groups"),
+)
 
 
 def objective(
@@ -30,7 +33,8 @@ def objective(
     with targets [B,K,G,D], and reward and advantage are [B,K,N,G]; see ``scores``.
 
     The metrics are [B,K], one value per anchor: ``alignment`` and ``similarity``, the two parts of the mean reward
-    (before the factor `diversity`); ``reward_spread``, the standard deviation of the rewards of its rollouts (of their
+    (before the factor `diversity`); ``feature_matching_proxy``, (53) with the sign of a loss, for where whitening
+    leaves no loss to report; ``reward_spread``, the standard deviation of the rewards of its rollouts (of their
     sums over the positions, with `credit`); and whether these do not differ (``zero_spread_groups``) and its advantages
     are all 0 (``zero_advantage_groups``), within rounding.
 
@@ -73,7 +77,8 @@ def objective(
             clip_advantage=clip_advantage,
         )
         idle = gain.abs().flatten(2).amax(-1) <= rounding(gain, scores.scale)
-        metrics = (scores.alignment, scores.similarity, spread, same, idle)
+        proxy = scores.similarity / 2 - scores.alignment  # (53), as `moments.feature_matching_proxy`
+        metrics = (scores.alignment, scores.similarity, proxy, spread, same, idle)
         whole = anchor_mask.view(*anchor_mask.shape, *[1] * (scores.reward.ndim - 2))
         return (
             torch.where(whole, scores.reward, 0.0),

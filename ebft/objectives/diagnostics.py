@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from math import inf
+
 from torch import Tensor
 
 from ebft.errors import UsageError
@@ -29,3 +33,35 @@ def gradient_signal_to_noise(gradients: Tensor) -> Tensor:
     noise = gradients.var(0).sum()
     signal = gradients.mean(0).square().sum() - noise / len(gradients)
     return signal / noise
+
+
+def signal_to_noise_of_sums(squared_norms: Sequence[float], shares: Sequence[float]) -> float:
+    """The same of the gradient of one batch, from the norms of its running sums over the parts of the batch.
+
+    For parts drawn independently and alike, the sum g_f of the parts that make up a share f of the batch has
+    E‖g_f‖² = f² S + f V, with S = ‖E g‖² and V the variance of the whole batch's gradient. So ‖g_f‖² - f ‖g_1‖² has
+    the expectation -f (1 - f) S, and S is estimated without bias from all f together (two of them are what McCandlish
+    et al., arXiv 1812.06162, appendix A.1, use); V is what is left of ‖g_1‖². No gradient is kept. One batch says
+    little: average signal and noise over many, or look at the running mean.
+
+    Args:
+        squared_norms: ‖g_f‖² after each part, the last of them the whole batch's.
+        shares: f after each part, rising to 1; at least 2 parts.
+
+    Returns:
+        S / V; can be negative, and is infinite or not a number where V is 0.
+
+    Raises:
+        UsageError: fewer than 2 parts, another number of shares than of norms, or shares that do not rise to 1.
+    """
+    rising = all(0 < a < b for a, b in pairwise(shares))
+    if len(squared_norms) < 2 or len(shares) != len(squared_norms) or not rising or abs(shares[-1] - 1) > 1e-9:
+        raise UsageError(
+            f"norms of {len(squared_norms)} running sums with shares {list(shares)}: expected 2 or more, with shares"
+            " that rise to 1"
+        )
+    whole = squared_norms[-1]
+    before = list(zip(squared_norms[:-1], shares[:-1], strict=True))
+    signal = sum(f * whole - norm for norm, f in before) / sum(f * (1 - f) for _, f in before)
+    noise = whole - signal
+    return signal / noise if noise else signal * inf

@@ -24,6 +24,12 @@ def reinforce(log_prob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
     Summed over the tokens of a rollout and averaged over rollouts, its expected gradient is that of the conditional
     feature-matching loss when the advantage is unbiased.
 
+    The log-probs have to be of the distribution that was sampled, temperature included. With another temperature the
+    expected update is E[A ∇log p'(ŷ)] with p' ≠ p, which is the gradient of nothing: E[∇log p'] is not 0, so that a
+    constant advantage moves the policy and a baseline changes the expected update. For temperatures below 1 and
+    log-probs at 1 most of it is a matter of scale (about the temperature); the rest grows with the length of rollouts
+    and as the temperature falls.
+
     Args:
         log_prob: [...,N,G]; advantage: [...,N] or [...,N,G]; mask: [...,N,G].
 
