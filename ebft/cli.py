@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ebft.commands.ablate import ablate
 from ebft.commands.components import components
 from ebft.commands.data import data
 from ebft.commands.run import run
@@ -29,7 +30,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, signal, tilt, components, data):
+for command in (run, sample, signal, tilt, ablate, components, data):
     app.command()(command)
 
 

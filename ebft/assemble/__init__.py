@@ -1,5 +1,6 @@
 """From the command line's options to the parts of a run; what needs no model is checked before one is loaded."""
 
+from ebft.assemble.ablate import ablate, ablate_from_options
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
 from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
@@ -14,6 +15,8 @@ from ebft.assemble.tilt import tilt_from_options
 
 __all__ = [
     "GROUPS",
+    "ablate",
+    "ablate_from_options",
     "build_controller",
     "build_features",
     "build_loss",

@@ -32,7 +32,7 @@ from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
-from ebft.files import exclusive, write_json
+from ebft.files import exclusive, write_atomically, write_json
 from ebft.loops.calibrate import calibrate
 from ebft.loops.checkpoint import newest, step_of
 from ebft.loops.run import open_folder, run
@@ -46,6 +46,7 @@ def run_from_options(
     resume: bool,
     console: Console,
     force: bool = False,
+    before: Path | None = None,
 ) -> None:
     """Check the options, assemble the parts, run.
 
@@ -53,6 +54,7 @@ def run_from_options(
         options: those of the command line, by parameter name.
         explicit: which of them the user gave; with `resume` the others are those of the run in `out`.
         force: with `resume`, go on with options that differ from those of the run, and with another text.
+        before: the `before.json` of a run whose start is measured alike, to be used instead of measuring it again.
 
     Raises:
         UsageError: any bad input, before anything is written.
@@ -107,6 +109,8 @@ def run_from_options(
     if not resume:
         open_folder(out, resume=False)
         write_json(out / "config.json", config)
+        if before is not None:
+            write_atomically(out / "before.json", before.read_bytes())
     elif not check_same_text(out, stored.get("sequences", {}), config["sequences"], force=force) or changed:
         with exclusive(out):
             path = newest(out / "checkpoints", warn=console.print)

@@ -1,0 +1,69 @@
+"""Commands that take the options of `run` beside their own, and what is known of those: their defaults and types."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from functools import cache, wraps
+from typing import Any
+
+import typer
+
+from ebft.commands.run import run
+from ebft.errors import UsageError
+
+# Where a run is and where its options come from; these are no options of what is run.
+NOT_OF_THE_RUN = ("context", "out", "resume", "force", "config", "preset", "help")
+
+
+def with_run_options(function: Callable[..., None], *, only: Collection[str] | None = None) -> Callable[..., None]:
+    """The command `function` with the options of `run` too, which it finds in `context.params`.
+
+    Its own options stand where it has one of the same name.
+
+    Args:
+        function: takes `context` first.
+        only: which of the options of `run`; all but `out`, `resume` and `force` when left out.
+    """
+    own = inspect.signature(function, eval_str=True).parameters
+    more = inspect.signature(run, eval_str=True).parameters
+    left_out = ("out", "resume", "force", *own)
+    shared = [p for name, p in more.items() if name not in left_out and (only is None or name in only)]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        function(**{name: values[name] for name in own})
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@cache
+def _command() -> Any:
+    app = typer.Typer(add_completion=False)
+    app.command()(run)
+    return typer.main.get_command(app)
+
+
+def run_defaults() -> dict[str, Any]:
+    """The options of `run` with their defaults, by parameter name."""
+    return {p.name: p.default for p in _command().params if p.name not in NOT_OF_THE_RUN}
+
+
+def parse_option(name: str, text: str) -> Any:
+    """A value of an option of `run`, from text as the command line reads it; true or false where it is a switch.
+
+    Raises:
+        UsageError: the text is no such value.
+    """
+    (parameter,) = (p for p in _command().params if p.name == name)
+    if parameter.is_flag:
+        if text not in ("true", "false"):
+            raise UsageError(f"--over {name}: {text!r} is neither true nor false")
+        return text == "true"
+    try:
+        return _command().make_context("run", [f"{parameter.opts[0]}={text}"], resilient_parsing=False).params[name]
+    except typer.BadParameter as error:
+        raise UsageError(f"--over {name}: {text!r}: {error.message}") from error

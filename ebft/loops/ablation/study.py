@@ -1,0 +1,143 @@
+"""Runs of a study, one after the other: what is done is skipped, what was begun goes on, what fails is recorded."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ebft.errors import UsageError
+from ebft.files import write_json
+from ebft.loops.display import Display
+from ebft.loops.interrupt import Interrupted
+
+NEW, BEGUN, DONE = "new", "begun", "done"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study: its name for people, its options and its folder."""
+
+    name: str
+    options: Mapping[str, Any]
+    folder: Path
+
+
+Begin = Callable[[Run, bool, Console], None]  # (run, whether it goes on, where it prints)
+
+
+def state(run: Run) -> str:
+    """Whether a run is new, begun or done.
+
+    Raises:
+        UsageError: its folder holds a run with other options.
+    """
+    path = run.folder / "config.json"
+    if not path.is_file():
+        return NEW
+    try:
+        stored = json.loads(path.read_text())["options"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} does not hold the options of a run: remove {run.folder}") from error
+    wanted = json.loads(json.dumps(run.options))
+    differing = [
+        f"--{name.replace('_', '-')} {value} (there {stored[name]})"
+        for name, value in wanted.items()
+        if name in stored and stored[name] != value
+    ]
+    if differing:
+        raise UsageError(
+            f"{run.folder} holds a run with other options: {', '.join(differing)}. Give those, or another --out"
+        )
+    return DONE if (run.folder / "evaluation.json").is_file() else BEGUN
+
+
+def run_study(
+    runs: Sequence[Run], begin: Begin, *, out: Path, console: Console, finished: Callable[[], None]
+) -> dict[str, str]:
+    """Run what is not done yet; what a run prints goes to `<its folder>.log`.
+
+    A run that raises is recorded in `failures.json` of `out` and the next one begins.
+
+    Args:
+        begin: starts or resumes a run and returns when it is done.
+        finished: is called after every run, to write down what there is by then.
+
+    Returns:
+        Failures, run -> message.
+
+    Raises:
+        UsageError: a folder holds a run with other options; nothing was run.
+        Interrupted: Ctrl-C; what is done is kept, the same command goes on.
+    """
+    states = [state(run) for run in runs]
+    waiting = [(run, there) for run, there in zip(runs, states, strict=True) if there != DONE]
+    done = len(runs) - len(waiting)
+    if done:
+        console.print(f"{done} of {len(runs)} runs are done already", highlight=False)
+    failures: dict[str, str] = {}
+    write_json(out / "failures.json", failures)
+    tracked = Display(console, lines=len(runs)).track(
+        _one_by_one(waiting, begin, console, total=len(runs)),
+        label="runs",
+        total=len(runs),
+        done=done,
+        describe=lambda item: item[2],
+    )
+    for run, error, _ in tracked:
+        if error is not None:
+            failures[run.name] = error
+            write_json(out / "failures.json", failures)
+            console.print(f"[red]failed[/red] {run.name}: {error}", soft_wrap=True, highlight=False)
+        finished()
+    return failures
+
+
+def _one_by_one(
+    waiting: Sequence[tuple[Run, str]], begin: Begin, console: Console, *, total: int
+) -> Iterator[tuple[Run, str | None, str]]:
+    """Yields (run, what went wrong, how long the others will take) as runs end."""
+    start = time.perf_counter()
+    for number, (run, there) in enumerate(waiting, start=1):
+        place = total - len(waiting) + number
+        console.print(f"run {place} of {total}: {run.name}, {run.folder}.log", soft_wrap=True, highlight=False)
+        try:
+            error = _logged(run, there == BEGUN, begin)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted(
+                f"stopped in run {place} of {total}, {run.name}; what is done is kept, the same command goes on"
+            ) from stop
+        left = (time.perf_counter() - start) / number * (len(waiting) - number)
+        yield run, error, f"{run.name}{f'; about {_duration(left)} left' if number < len(waiting) else ''}"
+
+
+def _logged(run: Run, resume: bool, begin: Begin) -> str | None:
+    """Run with a log; what went wrong, if anything did."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    if not resume and run.folder.is_dir():
+        for path in run.folder.glob(".*"):  # what a run that was killed before it had a config left half-written
+            path.unlink()
+    with open(run.folder.with_name(f"{run.folder.name}.log"), "a", encoding="utf-8") as log:
+        try:
+            begin(run, resume, Console(file=log, width=120))
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever it is, the other runs are not to suffer from it
+            reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            log.write(f"failed: {reason}\n")
+            return reason
+        finally:
+            gc.collect()  # the model is in cycles, and the next one needs its place
+    return None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
