@@ -11,6 +11,7 @@ from rich.markup import escape
 from ebft.commands.ablate import ablate
 from ebft.commands.components import components
 from ebft.commands.data import data
+from ebft.commands.rollouts import rollouts
 from ebft.commands.run import run
 from ebft.commands.sample import sample
 from ebft.commands.signal import signal
@@ -30,7 +31,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, signal, tilt, ablate, components, data):
+for command in (run, sample, signal, tilt, ablate, rollouts, components, data):
     app.command()(command)
 
 

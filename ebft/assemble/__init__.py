@@ -6,7 +6,9 @@ from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_features, build_pipeline
 from ebft.assemble.policy import load_policy
+from ebft.assemble.replay import replay, replay_from_options
 from ebft.assemble.reward import build_reward, build_values
+from ebft.assemble.rollouts import rollouts_from_options
 from ebft.assemble.rows import pack_data, read_data
 from ebft.assemble.run import run_from_options
 from ebft.assemble.sample import sample_from_options
@@ -30,7 +32,10 @@ __all__ = [
     "pack_data",
     "print_card",
     "read_data",
+    "replay",
+    "replay_from_options",
     "resolve_run",
+    "rollouts_from_options",
     "run_from_options",
     "sample_from_options",
     "signal_from_options",

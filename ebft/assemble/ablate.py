@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from ebft.assemble.checks import resolve_run
-from ebft.assemble.grid import check_axes, check_cells, folder_name, make_cells
+from ebft.assemble.grid import check_axes, check_cells, folder_name, make_cells, of_components
 from ebft.assemble.loss import build_loss
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import read_data
 from ebft.assemble.run import run_from_options
-from ebft.components import GROUPS
 from ebft.components.component import nearest
 from ebft.errors import UsageError
 from ebft.files import write_atomically, write_json
@@ -25,22 +24,16 @@ from ebft.loops.ablation.study import DONE, Run, run_study, state
 from ebft.loops.ablation.tables import compare, study_markdown, study_table
 from ebft.loops.run import open_folder
 
-
-def _of_components(*groups: str) -> tuple[str, ...]:
-    """The groups' names and all options of their components."""
-    return (*groups, *(option for group in groups for entry in GROUPS[group].values() for option in entry.options))
-
-
 # Options that say what a metric measures; metrics that are not here mean the same in every cell.
 _TEXT = ("data", "text_field", "prompt_field", "answer_field", "chat", "length", "held_out")
-_SAMPLING = (*_of_components("sampler"), "horizon", "rollouts", "temperature", "top_p")
-_FEATURES = (*_TEXT, *_SAMPLING, *_of_components("features"))
+_SAMPLING = (*of_components("sampler"), "horizon", "rollouts", "temperature", "top_p")
+_FEATURES = (*_TEXT, *_SAMPLING, *of_components("features"))
 YARDSTICKS = {
     "cross_entropy": _TEXT,
     "kl": (*_TEXT, *_SAMPLING, "policy"),
     "distinct_rollouts": (*_TEXT, *_SAMPLING),
     "feature_matching_loss": _FEATURES,
-    "reward": (*_FEATURES, *_of_components("whitening", "objective"), "diversity", "credit"),
+    "reward": (*_FEATURES, *of_components("whitening", "objective"), "diversity", "credit"),
 }
 
 # Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the

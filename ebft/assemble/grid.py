@@ -111,7 +111,10 @@ def make_cells(
     cells = []
     for chosen in settings:
         options = {**base, **chosen}
-        taken = _taken(options)
+        try:
+            taken = _taken(options)
+        except UsageError as error:
+            raise UsageError(f"cell {Cell(chosen, options).name}: {error}") from error
         dropped = [name for name in shared if name not in chosen and name not in taken]
         used.update(name for name in shared if name in taken)
         cells.append(Cell(chosen, {**options, **dict.fromkeys(dropped)}))
@@ -132,6 +135,11 @@ def check_cells(cells: Iterable[Cell], check: Callable[[Mapping[str, Any]], Any]
             check(cell.options)
         except UsageError as error:
             raise UsageError(f"cell {cell.name}: {error}") from error
+
+
+def of_components(*groups: str) -> tuple[str, ...]:
+    """The groups' names and all options of their components."""
+    return (*groups, *(option for group in groups for entry in GROUPS[group].values() for option in entry.options))
 
 
 def _taken(options: Mapping[str, Any]) -> set[str]:

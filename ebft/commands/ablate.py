@@ -10,11 +10,12 @@ from rich.console import Console
 
 from ebft.commands.derived import NOT_OF_THE_RUN, parse_option, run_defaults, with_run_options
 from ebft.commands.options import given_options, option
+from ebft.errors import UsageError
 
 STUDY = "Study"
 
 
-@with_run_options
+@with_run_options()
 def ablate(
     context: typer.Context,
     over: Annotated[
@@ -31,6 +32,14 @@ def ablate(
         bool,
         option(STUDY, "Vary one option at a time around the others' values, instead of the grid.", "--one-at-a-time"),
     ] = False,
+    replay: Annotated[
+        Path | None,
+        option(
+            STUDY,
+            "Train nothing: measure what cells make of the rollouts in this folder, which `rollouts` wrote. Options of"
+            " features, whitening, objective, estimator and policy gradient can be varied.",
+        ),
+    ] = None,
 ) -> None:
     """Run a grid of training runs and compare them: what does each option do to held-out text?
 
@@ -43,13 +52,21 @@ def ablate(
     """
     from transformers.utils import logging
 
-    from ebft.assemble import ablate_from_options
+    from ebft.assemble import ablate_from_options, replay_from_options
     from ebft.assemble.grid import parse_axes
 
     logging.disable_progress_bar()
-    own = ("over", "out", "seeds", "one_at_a_time")
+    own = ("over", "out", "seeds", "one_at_a_time", "replay")
     options, explicit = given_options(context, besides=(*NOT_OF_THE_RUN, *own))
     axes = parse_axes(over, known=run_defaults(), parse=parse_option)
+    if replay is not None:
+        if seeds != 1:
+            raise UsageError(
+                f"--seeds {seeds} with --replay: the rollouts are there already, of one seed; leave it out"
+            )
+        given = {name: options[name] for name in explicit}
+        replay_from_options(replay, given, over=axes, one_at_a_time=one_at_a_time, out=out, console=Console())
+        return
     results = ablate_from_options(
         options, explicit=explicit, over=axes, seeds=seeds, one_at_a_time=one_at_a_time, out=out, console=Console()
     )

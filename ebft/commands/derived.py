@@ -16,28 +16,31 @@ from ebft.errors import UsageError
 NOT_OF_THE_RUN = ("context", "out", "resume", "force", "config", "preset", "help")
 
 
-def with_run_options(function: Callable[..., None], *, only: Collection[str] | None = None) -> Callable[..., None]:
-    """The command `function` with the options of `run` too, which it finds in `context.params`.
+def with_run_options(*, only: Collection[str] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `run` too, which it finds in `context.params`; it takes `context` first.
 
     Its own options stand where it has one of the same name.
 
     Args:
-        function: takes `context` first.
         only: which of the options of `run`; all but `out`, `resume` and `force` when left out.
     """
-    own = inspect.signature(function, eval_str=True).parameters
     more = inspect.signature(run, eval_str=True).parameters
-    left_out = ("out", "resume", "force", *own)
-    shared = [p for name, p in more.items() if name not in left_out and (only is None or name in only)]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
 
-    @wraps(function)
-    def command(**values: Any) -> None:
-        function(**{name: values[name] for name in own})
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters
+        left_out = ("out", "resume", "force", *own)
+        shared = [p for name, p in more.items() if name not in left_out and (only is None or name in only)]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+        @wraps(function)
+        def command(**values: Any) -> None:
+            function(**{name: values[name] for name in own})
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
 
 
 @cache
@@ -50,6 +53,11 @@ def _command() -> Any:
 def run_defaults() -> dict[str, Any]:
     """The options of `run` with their defaults, by parameter name."""
     return {p.name: p.default for p in _command().params if p.name not in NOT_OF_THE_RUN}
+
+
+def options_under(*panels: str) -> set[str]:
+    """The options of `run` that stand under these panels of its help."""
+    return {p.name for p in _command().params if p.rich_help_panel in panels and p.name not in NOT_OF_THE_RUN}
 
 
 def parse_option(name: str, text: str) -> Any:

@@ -37,10 +37,15 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, math.nan, 1)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return Interval(mean, reach(count - 1, confidence) * deviation / math.sqrt(count), count)
+
+
+def reach(freedom: int, confidence: float = 0.95) -> float:
+    """Half the width of an interval by Student's t in units of the standard error; NaN without degrees of freedom."""
     from scipy.stats import t  # half a second, which the command line need not wait for
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean, float(t.ppf((1 + confidence) / 2, count - 1)) * deviation / math.sqrt(count), count)
+    return float(t.ppf((1 + confidence) / 2, freedom)) if freedom > 0 else math.nan
 
 
 def paired_interval(

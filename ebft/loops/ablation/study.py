@@ -120,9 +120,6 @@ def _one_by_one(
 def _logged(run: Run, resume: bool, begin: Begin) -> str | None:
     """Run with a log; what went wrong, if anything did."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    if not resume and run.folder.is_dir():
-        for path in run.folder.glob(".*"):  # what a run that was killed before it had a config left half-written
-            path.unlink()
     with open(run.folder.with_name(f"{run.folder.name}.log"), "a", encoding="utf-8") as log:
         try:
             begin(run, resume, Console(file=log, width=120))
