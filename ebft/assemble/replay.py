@@ -169,8 +169,8 @@ def _embed(
     except _ModelNeeded as error:
         there = "; ".join(_words(entry) for entry in config["features"]) or "none"
         raise UsageError(
-            f"cell {cell.name}: {_words(wanted)} needs the language model, and its features were not kept with the"
-            f" rollouts (kept: {there}). Save them again with --keep features={cell.options['features']} and its options"
+            f"cell {cell.name}: {_words(wanted)} needs the language model, and its features were not kept with"
+            f" the rollouts (kept: {there}). Save them with --keep features={cell.options['features']} and its options"
         ) from error
     return [stage(part) for part in batches]
 
