@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from ebft.components.component import nearest
 from ebft.errors import UsageError
 from ebft.features.contract import as_module
 from ebft.features.whitening import PopulationWhitening
-from ebft.files import write_atomically, write_json
-from ebft.loops.ablation.intervals import reach, standard_error
-from ebft.loops.ablation.plots import draw_axes
+from ebft.files import write_json
+from ebft.loops.ablation.intervals import standard_error
 from ebft.loops.ablation.replay import MATCHING, REWARD_SPREAD, VARIANCE, Outcome, correlations, measure
-from ebft.loops.ablation.replay_tables import correlation_rows, draw_correlations, replay_markdown, replay_tables
-from ebft.loops.ablation.results import Cell, Results, axis_values, write_rows
+from ebft.loops.ablation.replay_tables import replay_tables, write_replay
+from ebft.loops.ablation.results import Cell, Results, axis_values
 from ebft.loops.ablation.rollouts import kept_features, load_rollouts
 from ebft.loops.display import Display
 from ebft.loops.run import open_folder
@@ -148,7 +146,7 @@ def replay_from_options(
     for table in replay_tables(results):
         console.print(table)
     if out is not None:
-        _write(results, correlations(outcomes), out, console)
+        write_replay(results, correlations(outcomes), out, console)
     return results
 
 
@@ -220,31 +218,6 @@ def _rows(
         shared = {"sequences": len(td), "seconds": seconds, "tokens": tokens}
         rows.append({"cell": cell.name, **axis_values(cell, axes), "metric": metric, **numbers, **shared})
     return rows
-
-
-def _write(results: Results, correlation: torch.Tensor, out: Path, console: Console) -> None:
-    write_rows(results.rows, out / "results.csv")
-    names = [cell.name for cell in results.cells]
-    write_rows(correlation_rows(names, correlation), out / "correlations.csv")
-    write_atomically(out / "results.md", replay_markdown(results, correlation).encode())
-    write_atomically(out / "correlations.png", draw_correlations(names, correlation))
-    plots = draw_axes(results, partial(_value, results), out, metrics=results.metrics(), ylabel="on saved rollouts")
-    meanings = {
-        "results.csv": "a row for every cell and metric",
-        "results.md": "cells side by side",
-        "correlations.csv": "of advantages between cells (also correlations.png)",
-    }
-    for path, meaning in {
-        **{out / n: m for n, m in meanings.items()},
-        **dict.fromkeys(plots, "a panel a metric"),
-    }.items():
-        console.print(f"{path}  {meaning}", soft_wrap=True, highlight=False)
-
-
-def _value(results: Results, cell: Cell, metric: str) -> tuple[float, float, Sequence[float]] | None:
-    for row in results.of(cell, metric):
-        return row["value"], reach(row["sequences"] - 1) * row["standard_error"], ()
-    return None
 
 
 def _words(description: Mapping[str, Any]) -> str:

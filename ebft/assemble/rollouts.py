@@ -85,7 +85,7 @@ def rollouts_from_options(
         "versions": versions(),
         "machine": machine(policy.device),
     }
-    td = torch.cat(found)  # type: ignore[arg-type]
+    td: Any = torch.cat(found)  # type: ignore[call-overload]
     save_rollouts(out, td, config, policy.tokenizer)
     count = int(td[schema.ANCHOR_MASK].sum())
     console.print(

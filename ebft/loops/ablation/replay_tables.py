@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ebft.files import write_atomically
 from ebft.loops.ablation.intervals import reach
-from ebft.loops.ablation.results import Cell, Results
+from ebft.loops.ablation.plots import draw_axes
+from ebft.loops.ablation.results import Cell, Results, write_rows
 from ebft.loops.ablation.tables import markdown_table, with_error
 
 _AT_ONCE = 3  # metrics in one table, so that it fits a terminal of 100 columns
@@ -85,6 +90,26 @@ def draw_correlations(names: Sequence[str], correlation: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def write_replay(results: Results, correlation: Tensor, out: Path, console: Console) -> None:
+    """Tables, numbers and plots into a folder."""
+    write_rows(results.rows, out / "results.csv")
+    names = [cell.name for cell in results.cells]
+    write_rows(correlation_rows(names, correlation), out / "correlations.csv")
+    write_atomically(out / "results.md", replay_markdown(results, correlation).encode())
+    write_atomically(out / "correlations.png", draw_correlations(names, correlation))
+    plots = draw_axes(results, partial(_point, results), out, metrics=results.metrics(), ylabel="on saved rollouts")
+    meanings = {
+        "results.csv": "a row for every cell and metric",
+        "results.md": "cells side by side",
+        "correlations.csv": "of advantages between cells (also correlations.png)",
+    }
+    for path, meaning in {
+        **{out / n: m for n, m in meanings.items()},
+        **dict.fromkeys(plots, "a panel a metric"),
+    }.items():
+        console.print(f"{path}  {meaning}", soft_wrap=True, highlight=False)
+
+
 def _row(results: Results, cell: Cell, metric: str) -> Mapping[str, Any] | None:
     return next(iter(results.of(cell, metric)), None)
 
@@ -101,3 +126,9 @@ def _difference(results: Results, cell: Cell, metric: str, *, confidence: float)
     if results.unlike(metric, results.cells[0], cell):
         return "no comparison"
     return with_error(row["difference"], reach(row["sequences"] - 1, confidence) * row["difference_error"])
+
+
+def _point(results: Results, cell: Cell, metric: str) -> tuple[float, float, Sequence[float]] | None:
+    for row in results.of(cell, metric):
+        return row["value"], reach(row["sequences"] - 1) * row["standard_error"], ()
+    return None
