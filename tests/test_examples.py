@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from ebft import schema
-from ebft.assemble.rows import read_data
+from ebft.assemble.rows import read_data, usable_rows
 from ebft.data import Example, Fields, load_examples, pack_examples, prompt_rows, split_examples
 from ebft.data.example_rows import count_unfit
 from ebft.data.examples import has_examples
@@ -262,6 +262,12 @@ def test_a_run_on_examples(options, example_file, tmp_path):
         seen = sample["prefix"] + sample["target"]
         (own,) = {e for e in load_examples(example_file) if f"{e.prompt}{e.answer}<eos>".startswith(seen)}
         assert sample["prefix"].startswith(own.prompt)  # the target lies in the answer
+
+
+def test_rows_whose_answers_are_too_short_for_a_target_are_left_out(tokenizer):
+    rows = pack_examples(examples(("p" * 8, "a"), ("q" * 8, "bcd"), ("r" * 7, "ef")), tokenizer, length=12)
+    kept = usable_rows(rows, {"horizon": 3}, {"sampler": {"first": 2}})
+    assert kept[schema.DOCUMENT_IDS][:, 0].tolist() == [1, 2]
 
 
 def test_what_does_not_fit_is_said(options, example_file, tmp_path, tiny_folder):
