@@ -88,7 +88,7 @@ def bleu_statistics(texts: Sequence[str], references: Sequence[str]) -> Tensor:
 
 
 def corpus_bleu(statistics: Tensor) -> Tensor:
-    """BLEU of a corpus as sacrebleu computes it, in [0, 1], from summed `bleu_statistics`: [...,10] to [...] float64."""
+    """sacrebleu's BLEU of a corpus, in [0, 1], from summed `bleu_statistics`: [...,10] to [...] float64."""
     from sacrebleu.metrics import BLEU
 
     def one(row: list[int]) -> float:

@@ -42,7 +42,7 @@ def bootstrap(
     method: str = "bca",
     seed: int = 0,
 ) -> Estimate:
-    """Estimate statistics of totals with the bootstrap over units (Efron, "Better bootstrap confidence intervals", 1987).
+    """Statistics of totals with intervals by resampling units (Efron, "Better bootstrap confidence intervals", 1987).
 
     Args:
         sums, counts: [M,Q] float64, what each of M units adds to Q totals.
@@ -92,7 +92,7 @@ def resamples(units: int, *, replicates: int, seed: int) -> Tensor:
 
 
 def _corrected(tails: Tensor, value: Tensor, drawn: Tensor, left_out: Tensor) -> Tensor:
-    """Tail probabilities [2,S] moved for the bias of the replicates [R,S] and the acceleration of the jackknife [M,S]."""
+    """Tail probabilities [2,S], corrected for the bias of replicates [R,S] and the skewness of the jackknife [M,S]."""
     finite = drawn.isfinite()
     total = finite.sum(0)
     below = ((drawn < value) & finite).sum(0) + ((drawn == value) & finite).sum(0) / 2

@@ -1,4 +1,4 @@
-"""What whole answers to held-out prompts say about a policy: tests passed, programs that compile, likeness to answers."""
+"""What whole answers to held-out prompts are worth: tests passed, programs that compile, likeness to references."""
 
 from __future__ import annotations
 

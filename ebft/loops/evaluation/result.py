@@ -14,7 +14,7 @@ from torch import Tensor
 from ebft.errors import UsageError
 from ebft.files import write_atomically
 from ebft.loops.evaluation.bootstrap import Estimate, bootstrap
-from ebft.loops.evaluation.quantities import BLEU_STATISTICS, Quantity, Totals, derived
+from ebft.loops.evaluation.quantities import Quantity, Totals, derived
 
 COLUMNS = ("unit", "metric", "of", "at", "sum", "count")
 Entry = dict[str, Any]
