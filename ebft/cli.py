@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ebft.commands.ablate import ablate
+from ebft.commands.compare import compare
 from ebft.commands.components import components
 from ebft.commands.data import data
+from ebft.commands.evaluate import evaluate
 from ebft.commands.rollouts import rollouts
 from ebft.commands.run import run
 from ebft.commands.sample import sample
@@ -31,7 +33,7 @@ def _app() -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
 
 
-for command in (run, sample, signal, tilt, ablate, rollouts, components, data):
+for command in (run, evaluate, compare, sample, signal, tilt, ablate, rollouts, components, data):
     app.command()(command)
 
 

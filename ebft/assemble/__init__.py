@@ -3,6 +3,8 @@
 from ebft.assemble.ablate import ablate, ablate_from_options
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
 from ebft.assemble.data import list_data_sets, print_card
+from ebft.assemble.compare import compare_from_options
+from ebft.assemble.evaluate import evaluate_from_options
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_features, build_pipeline
 from ebft.assemble.policy import load_policy
@@ -28,6 +30,8 @@ __all__ = [
     "build_values",
     "check_options",
     "list_data_sets",
+    "compare_from_options",
+    "evaluate_from_options",
     "load_policy",
     "pack_data",
     "print_card",

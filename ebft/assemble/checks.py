@@ -21,6 +21,7 @@ _AT_LEAST = {
     **dict.fromkeys(
         ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
     ),
+    "eval_every": 0,
     **dict.fromkeys(("length", "held_out"), 2),
     **dict.fromkeys(("save_every", "keep", "updates"), 1),
 }

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 # Options that leave the held-out measurement of the start what it is.
 _TRAINING_ALONE = {
-    *("steps", "batch", "micro_batch", "checkpointing", "lr", "save_every", "keep", "logger"),
+    *("steps", "batch", "micro_batch", "checkpointing", "lr", "save_every", "eval_every", "keep", "logger"),
     *("pg", "clip", "updates", "truncate_weights", "pg_weight", "pg_schedule", "ce", "ce_tokens", "ce_schedule"),
 }
 

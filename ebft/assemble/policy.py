@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
+from ebft.samplers import snapshot
+from ebft.samplers.component import Engine
 
 
 def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
     """The policy that --policy, --lora, --device, --dtype, --attention and --checkpointing describe."""
     return CausalPolicy.from_pretrained(
-        options["policy"],
+        policy_folder(options["policy"]),
         device=options["device"],
         dtype=options["dtype"],
         lora=options["lora"] or None,
@@ -19,3 +25,34 @@ def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
         kernel=options["attention"],
         checkpointing=options["checkpointing"],
     )
+
+
+def policy_folder(name: str) -> str:
+    """What to load for `name`: of the folder of a run the policy that it trained, else the name itself.
+
+    Raises:
+        UsageError: a run that has not finished, so that there is no policy in its folder.
+    """
+    if run_options(name) is None:
+        return name
+    if not (Path(name) / "policy" / "config.json").is_file():
+        raise UsageError(
+            f"policy {name}: this run has no trained policy (policy/) yet. Finish it with `run --resume --out {name}`"
+        )
+    return str(Path(name) / "policy")
+
+
+def run_options(name: str) -> dict[str, Any] | None:
+    """The options of the run whose folder `name` is, None for anything else."""
+    path = Path(name) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    options = content.get("options") if isinstance(content, dict) else None
+    return options if isinstance(options, dict) else None
+
+
+def full_engine(policy: CausalPolicy) -> Engine:
+    """What draws whole answers: the shared prefixes of `CausalPolicy.sample`, or copies of the model's own cache."""
+    return partial(snapshot.sample, snapshot.cache_reader(policy)) if policy.not_shared else policy.sample

@@ -81,7 +81,7 @@ def pack_data(
         UsageError: fewer training rows than one batch, or no row with room for an anchor.
     """
     train_rows, held_rows = (
-        usable_rows(_pack(part, data.answers, tokenizer, options), options, resolved)
+        usable_rows(pack_part(part, data.answers, tokenizer, options), options, resolved)
         for part in (data.train, data.held_out)
     )
     if data.answers:
@@ -98,10 +98,11 @@ def pack_data(
             f"--batch {options['batch']}: the training text gives only {len(train_rows)} sequences of"
             f" --length {options['length']}. Give more text, or a smaller batch or length"
         )
-    return train_rows, _subset(held_rows, options["held_out"])
+    return train_rows, spread_rows(held_rows, options["held_out"])
 
 
-def _pack(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> TensorDictBase:
+def pack_part(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> TensorDictBase:
+    """One side of the data as rows: examples whole, documents cut."""
     if answers:
         return pack_examples(part, tokenizer, length=options["length"], chat=options["chat"])
     return pack(part, tokenizer, length=options["length"])
@@ -115,7 +116,7 @@ def usable_rows(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapp
     return rows[anchor_mask.any(1)]
 
 
-def _subset(rows: TensorDictBase, count: int) -> TensorDictBase:
+def spread_rows(rows: TensorDictBase, count: int) -> TensorDictBase:
     """`count` rows, the same ones for every seed, spread over the whole held-out text."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return rows[order[:count]]

@@ -147,6 +147,7 @@ def run_from_options(
         seed=options["seed"],
         scoring=scoring,
         save_every=options["save_every"],
+        eval_every=options["eval_every"],
         keep=options["keep"],
         controller=build_controller(options),
         stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ebft import schema
 from ebft.assemble.checks import check_ranges
+from ebft.assemble.policy import full_engine, policy_folder
 from ebft.components import choose, resolve_options
 from ebft.data.documents import load_documents
 from ebft.data.packing import pack
@@ -18,7 +19,6 @@ from ebft.draw import check_sampling
 from ebft.errors import UsageError
 from ebft.loops.show import SCALE, rollout_lines
 from ebft.policy import CausalPolicy
-from ebft.samplers import snapshot
 from ebft.samplers.anchors import single
 from ebft.samplers.full import prompt_lengths
 
@@ -46,7 +46,8 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
     if not options["text"].is_file():
         raise UsageError(f"--text {options['text']}: no such file")
     document = load_documents(str(options["text"]))[0]
-    policy = CausalPolicy.from_pretrained(options["policy"], device=options["device"], dtype=options["dtype"])
+    name = policy_folder(options["policy"])
+    policy = CausalPolicy.from_pretrained(name, device=options["device"], dtype=options["dtype"])
     tokens = pack([document], policy.tokenizer, length=options["length"], eos=False)[0].to(policy.device)
     tokens = tokens[schema.TOKENS][tokens[schema.MASK]]
     place, engine = _place_and_engine(policy, options["sampler"], placement, horizon=options["horizon"])
@@ -64,8 +65,7 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
 def _place_and_engine(policy: CausalPolicy, name: str, placement: Mapping[str, int], *, horizon: int):
     """Where the rollouts of one text start and how they are drawn; `full` goes on after the text's end."""
     if name == "full":
-        engine = partial(snapshot.sample, snapshot.cache_reader(policy)) if policy.not_shared else policy.sample
-        return (lambda mask: single(prompt_lengths(mask))), engine
+        return (lambda mask: single(prompt_lengths(mask))), full_engine(policy)
     place, engine = choose("sampler", name).build(policy, horizon=horizon, **placement)
     if name == "random":
         place = partial(place, seed=torch.zeros(1, dtype=torch.int64), sequence_ids=torch.zeros(1, dtype=torch.int64))

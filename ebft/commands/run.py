@@ -227,6 +227,9 @@ def run(
     entropy: Annotated[float, option(LOSS, "Weight of a bonus on the policy's entropy.")] = 0.0,
     seed: Annotated[int, option(TRAINING, "Keys every random number of the run.")] = 0,
     held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
+    eval_every: Annotated[
+        int, option(TRAINING, "Steps between further held-out measurements, kept in held_out.csv; 0 for none.")
+    ] = 0,
     out: Annotated[Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
     resume: Annotated[bool, option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
     force: Annotated[

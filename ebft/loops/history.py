@@ -19,7 +19,7 @@ _WATCHED = ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learni
 _TIMES = ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step")
 COLUMNS = (*_TERMS, *_WATCHED, *_TIMES, "tokens_per_second")
 
-METRICS, REWARDS = "metrics.csv", "rewards.csv"
+METRICS, REWARDS, HELD_OUT = "metrics.csv", "rewards.csv", "held_out.csv"
 REWARDS_KEPT = 32
 
 
@@ -34,6 +34,7 @@ class History:
         self.rows: list[dict[str, float]] = []
         self._rewards: list[list[float]] = []  # first the step
         self._seen: list[float] = []
+        self.held_out: list[dict[str, float]] = []  # measurements between before and after, if there are any
         self._folder = folder
         self._columns: list[str] = []
 
@@ -58,19 +59,39 @@ class History:
             _append(self._folder / REWARDS, self._rewards[-1])
             self._seen = []
 
+    def append_held_out(self, row: Mapping[str, float]) -> None:
+        """Add a held-out measurement, by its step, and write `held_out.csv`.
+
+        Raises:
+            UsageError: the disk is full or may not be written.
+        """
+        self.held_out.append(dict(row))
+        self._write_held_out()
+
     def write(self) -> None:
-        """Write both files anew."""
+        """Write all files anew."""
         self._write_metrics()
+        self._write_held_out()
         header = ["step", *(f"reward_{i}" for i in range(REWARDS_KEPT))]
         write_atomically(self._folder / REWARDS, _csv([header, *self._rewards]))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""
-        return {"rows": [dict(row) for row in self.rows], "rewards": [list(row) for row in self._rewards]}
+        return {
+            "rows": [dict(row) for row in self.rows],
+            "rewards": [list(row) for row in self._rewards],
+            "held_out": [dict(row) for row in self.held_out],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; `write` brings the files in line with it."""
-        self.rows, self._rewards = state["rows"], state["rewards"]
+        self.rows, self._rewards, self.held_out = state["rows"], state["rewards"], state.get("held_out", [])
+
+    def _write_held_out(self) -> None:
+        if self.held_out:
+            columns = list(self.held_out[0])
+            lines = [[row[name] for name in columns] for row in self.held_out]
+            write_atomically(self._folder / HELD_OUT, _csv([columns, *lines]))
 
     def _write_metrics(self) -> None:
         self._columns = list(dict.fromkeys([*COLUMNS, *(name for row in self.rows for name in row)]))

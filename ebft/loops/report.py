@@ -12,12 +12,14 @@ from typing import Any
 
 from ebft.errors import UsageError
 from ebft.files import write_atomically
+from ebft.loops.history import HELD_OUT
 from ebft.loops.report_curves import (
     TIME_PREFIX,
     Curve,
     build_curves,
     curve_svg,
     curves_png,
+    held_out_curves,
     number,
     read_metrics,
     smoothing_span,
@@ -56,7 +58,7 @@ def write_report(run_dir: str | PathLike[str]) -> Path:
     """
     folder = Path(run_dir)
     steps, columns = read_metrics(folder / "metrics.csv")
-    curves = build_curves(steps, columns)
+    curves = [*build_curves(steps, columns), *held_out_curves(folder / HELD_OUT)]
     evaluation = _read_json(folder / "evaluation.json", dict)
     name = folder.resolve().name
     body = [

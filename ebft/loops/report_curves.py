@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -111,6 +111,17 @@ def build_curves(steps: list[int], columns: dict[str, list[float]]) -> list[Curv
             smoothed = raw if name in _EXACT else smooth(raw, span=smoothing_span(len(steps)))
             curves.append(Curve(name, [s for s, _ in known], raw, smoothed, len(values) - len(known)))
     return curves
+
+
+def held_out_curves(path: Path) -> list[Curve]:
+    """The held-out measurements during training, as they are; none where there is no such file."""
+    if not path.is_file():
+        return []
+    return [
+        replace(curve, name=f"held_out_{curve.name}", smooth=curve.raw)
+        for curve in build_curves(*read_metrics(path))
+        if not curve.name.endswith(("_change", "_standard_error"))
+    ]
 
 
 def _range(values: list[float]) -> tuple[float, float]:

@@ -55,6 +55,7 @@ def run(
     scoring: Mapping[str, Any],
     eval_batch: int = 8,
     save_every: int = 20,
+    eval_every: int = 0,
     keep: int = 2,
     controller: KLController | None = None,
     stateful: Mapping[str, checkpoint.Stateful] | None = None,
@@ -73,6 +74,8 @@ def run(
         reference: the frozen start of the policy.
         out: the run's folder, see `open_folder`.
         save_every, keep: steps between checkpoints, and how many of them are kept.
+        eval_every: steps between held-out measurements, which `held_out.csv` gets with the paired change from before;
+            0 measures before and after only.
 
     Returns:
         What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, and
@@ -98,6 +101,17 @@ def run(
             _save_held(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
         history.write()
+
+        def measure_held_out(step: int) -> None:
+            if eval_every and step not in [row["step"] for row in history.held_out]:
+                label = f"held-out at step {step}"
+                now = _measure(policy, pipeline, display, label, stop, reference=reference, **measure)
+                history.append_held_out(_held_out_row(step, before, now))
+
+        if eval_every and not history.held_out:
+            history.append_held_out(_held_out_row(0, before, before))
+        if start and start < steps and start % max(eval_every, 1) == 0:
+            measure_held_out(start)  # stopped between the checkpoint and the measurement
         records = train(
             policy,
             pipeline,
@@ -129,10 +143,14 @@ def run(
                     raise Interrupted(
                         f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
                     )
+                if step < steps and not ended and step % max(eval_every, 1) == 0:
+                    measure_held_out(step)
         except NonFiniteLoss as error:
             kept = f"The checkpoint of step {saved_step} is kept." if saved_step else "There is no checkpoint yet."
             raise NonFiniteLoss(f"{error} {kept}") from error
         after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)
+        if eval_every:
+            history.append_held_out(_held_out_row(len(history.rows), before, after))
 
         result = _result(before, after, history.rows, held_out)
         write_json(out / "evaluation.json", result)
@@ -208,6 +226,14 @@ def _samples(td: TensorDictBase, tokenizer) -> list[dict[str, Any]]:
             }
         )
     return samples
+
+
+def _held_out_row(step: int, before: Held, now: Held) -> dict[str, float]:
+    """The metrics at a step, their paired changes from before and the standard errors of those."""
+    row: dict[str, float] = {"step": step, **{name: mean(now.sums[name]) for name in METRICS}}
+    for name in METRICS:
+        row[f"{name}_change"], row[f"{name}_standard_error"] = paired_difference(before.sums[name], now.sums[name])
+    return row
 
 
 def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBase) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""One evaluation: measure rollouts from held-out rows and, where there are prompts, whole answers to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from ebft.features.contract import FeatureMap
+from ebft.loops.display import Display
+from ebft.loops.evaluation.prompts import Example, measure_answers
+from ebft.loops.evaluation.quantities import Totals, concatenate
+from ebft.loops.evaluation.rollouts import measure_rollouts
+from ebft.loops.interrupt import Interrupted
+from ebft.loops.train import Stage
+from ebft.policy import CausalPolicy
+from ebft.samplers.component import Engine
+
+SEQUENCES, PROMPTS = "sequences", "prompts"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Held-out prompts: rows of one prompt each, [M], their examples in the same order, and how to answer them."""
+
+    rows: TensorDictBase
+    examples: Sequence[Example]
+    settings: Mapping[str, Any]  # of `measure_answers`: samples, ks, max_new_tokens, temperature, ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Totals of one policy by kind of unit, and the answers it gave."""
+
+    totals: Mapping[str, Totals]
+    answers: list[list[str]] = field(default_factory=list)
+
+
+def measure_policy(
+    policy: CausalPolicy,
+    sample: Stage,
+    maps: Mapping[str, FeatureMap],
+    rows: TensorDictBase,
+    *,
+    horizons: Sequence[int],
+    batch_size: int,
+    seed: int,
+    display: Display,
+    stop: Callable[[], bool],
+    label: str,
+    scoring: Mapping[str, float] | None = None,
+    prompts: Prompts | None = None,
+    engine: Engine | None = None,
+    decode: Callable[..., list[str]] | None = None,
+) -> Measured:
+    """Measure one policy on everything, with progress on the display.
+
+    Args:
+        policy, sample, maps, rows, horizons, scoring: as in `rollouts.measure_rollouts`.
+        prompts: held-out prompts, answered with `engine` and read with `decode`.
+        stop: whether the user wants an end.
+        label: what the progress is called.
+
+    Raises:
+        Interrupted: `stop` said so.
+    """
+
+    def track(batches: Iterable, what: str, count: int) -> list:
+        found = []
+        total = math.ceil(count / batch_size)
+        for batch in display.track(batches, label=f"{label}{what}", total=total):
+            found.append(batch)
+            if stop():
+                raise Interrupted("stopped during the evaluation; nothing was written")
+        return found
+
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    batches = measure_rollouts(policy, sample, maps, rows, horizons=horizons, scoring=scoring, **options)
+    totals = {SEQUENCES: concatenate(track(batches, "rollouts", len(rows)))}
+    if prompts is None:
+        return Measured(totals)
+    assert engine is not None
+    assert decode is not None
+    answered = track(
+        measure_answers(
+            engine, decode, prompts.rows, prompts.examples, device=policy.device, **prompts.settings, **options
+        ),
+        "answers",
+        len(prompts.rows),
+    )
+    totals[PROMPTS] = concatenate([found for found, _ in answered])
+    return Measured(totals, [group for _, texts in answered for group in texts])
