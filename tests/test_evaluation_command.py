@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from ebft import cli
+from ebft.data.examples import Example
+from ebft.data.named import DATA_SETS, DataSet
 from tests.runs import go
 
 
@@ -99,7 +101,7 @@ def test_answers_to_prompts(call, tmp_path):
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, out, err = call(
         "evaluate", data=data, first=1, stride=3, horizons="1,2", answers=2, max_new_tokens=5, prompts=4, k="1,2",
-        test_prompt=True, length=40,
+        length=40,
     )  # fmt: skip
     assert code == 0, err
     found = values(tmp_path / "out", "prompts")
@@ -187,6 +189,18 @@ def test_compare_refuses_one_or_the_same(call, tiny_folder, trained, tmp_path):
     (tmp_path / "unfinished" / "config.json").write_text(json.dumps({"options": {}}))
     assert "no trained policy" in call("evaluate", policy=tmp_path / "unfinished")[2]
     assert not (tmp_path / "out").exists()
+
+
+def test_data_for_evaluation_alone_is_measured_whole(call, tmp_path, monkeypatch):
+    """`run` refuses it."""
+    made = [Example(f"e/{i}", f"def g{i}():\n", f"    return {i}\n", (f"assert g{i}() == {i}",)) for i in range(8)]
+    alone = DataSet("eight", "MIT", "here", lambda: made, evaluation=True)
+    monkeypatch.setitem(DATA_SETS, "eight", alone)
+    small = {"first": 1, "stride": 3, "horizons": "1,2", "length": 40, "max_new_tokens": 3, "answers": 1}
+    code, _, err = call("evaluate", data="eight", prompts=20, **small)
+    assert code == 0, err
+    assert values(tmp_path / "out", "prompts")["pass_at_k", "", 1]["units"] == 8
+    assert "for evaluation alone" in call("run", bare=True, data="eight", out=tmp_path / "run")[2]
 
 
 @pytest.mark.assets

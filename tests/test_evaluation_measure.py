@@ -1,6 +1,5 @@
 """What is measured on rollouts and answers, against the ordinary loss, transformers' own and counting by hand."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ebft import schema
 from ebft.data import load_documents, pack
+from ebft.data.examples import Example
 from ebft.errors import UsageError
 from ebft.features.hidden import hidden
 from ebft.features.ngram import ngram
@@ -222,27 +222,23 @@ def test_csv_gives_the_totals_back(totals, tmp_path):
 # ---- whole answers
 
 
-@dataclass(frozen=True)
-class Problem:
-    prompt: str
-    answer: str
-    tests: tuple[str, ...] = ()
-
-
 def test_answers_are_tested_compiled_and_compared():
     problems = [
-        Problem("def double(x):\n", "    return 2 * x\n", ("assert double(3) == 6",)),
-        Problem("Say hi", "hi"),
+        Example("a", "def double(x):\n", "    return 2 * x\n", ("assert double(3) == 6",)),
+        Example("b", "Say hi", "hi"),
     ]
     texts = [
         ["    return 2 * x\n", "    return x\n", "    return (\n", "    return x + x\n"],
         ["hi", "ho", " hi", "hi"],
     ]
-    found = answer_totals(texts, problems, ks=[1, 2], test_prompt=True)
+    found = answer_totals(texts, problems, ks=[1, 2])
     assert found[Quantity(PASS, at=1)][0].tolist() == [0.5, 0.0]
     assert found[Quantity(PASS, at=1)][1].tolist() == [1.0, 0.0]
     assert found[Quantity(PASS, at=2)][0][0].item() == pytest.approx(1 - 1 / 6)
     assert found[Quantity(COMPILES)][0][0].item() == 0.75
+    for together in (True, False):  # asked for, whatever the prompts are
+        told = answer_totals(texts, problems, ks=[1, 2], test_prompt=together)
+        assert torch.equal(told[Quantity(PASS, at=1)][0], found[Quantity(PASS, at=1)][0] * together)
     assert found[Quantity(EXACT, at=1)][0].tolist() == [0.25, 0.75]
     assert found[Quantity("distinct_answers")][0].tolist() == [1.0, 0.75]
     entries = summarise(found, replicates=50)
@@ -261,7 +257,7 @@ def test_answers_do_not_depend_on_the_batch_size(policy):
     for row, own in zip(data, ids, strict=True):
         row[schema.TOKENS][: len(own)] = torch.tensor(own)
         row[schema.MASK][:] = torch.arange(width) < len(own)
-    problems = [Problem(prompt, "x") for prompt in prompts]
+    problems = [Example(prompt, prompt, "x") for prompt in prompts]
 
     def go(batch_size):
         from ebft.assemble.reward import decoder

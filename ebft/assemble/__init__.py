@@ -2,8 +2,8 @@
 
 from ebft.assemble.ablate import ablate, ablate_from_options
 from ebft.assemble.checks import GROUPS, check_options, resolve_run
-from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.compare import compare_from_options
+from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.evaluate import evaluate_from_options
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.pipeline import build_features, build_pipeline
@@ -29,9 +29,9 @@ __all__ = [
     "build_schedules",
     "build_values",
     "check_options",
-    "list_data_sets",
     "compare_from_options",
     "evaluate_from_options",
+    "list_data_sets",
     "load_policy",
     "pack_data",
     "print_card",

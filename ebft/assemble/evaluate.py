@@ -106,8 +106,8 @@ def announce(evaluation: Evaluation, console: Console) -> None:
 def legend(options: Mapping[str, Any]) -> str:
     """What the numbers are."""
     return (
-        f"± half the width of {options['level']:.0%} bootstrap intervals (BCa) over sequences, or over prompts for"
-        " whole answers."
+        f"Intervals: {options['level']:.0%}, bootstrap (BCa) over sequences, for whole answers over prompts; ± is half"
+        " their width."
     )
 
 

@@ -163,7 +163,7 @@ def new_folder(out: Path | None, what: str) -> Path:
 
 def load_data(options: Mapping[str, Any], explicit: Collection[str]) -> Data:
     """What --data names; refuses options of answers for data without prompts."""
-    data = read_data(options)
+    data = read_data(options, training=False)
     if not data.answers:
         for name in _ANSWERS:
             if name in explicit:

@@ -30,8 +30,10 @@ class Data:
     answers: bool
 
 
-def read_data(options: Mapping[str, Any]) -> Data:
+def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
     """The training and the held-out side of --data; needs no model, so a bad path is found at once.
+
+    Without `training`, data for evaluation alone will do: all of it is held out.
 
     Raises:
         UsageError: what the loaders raise, or an option that the data has no use for.
@@ -51,10 +53,11 @@ def read_data(options: Mapping[str, Any]) -> Data:
             " examples: leave out one of them"
         )
     parts = load_parts(source, fields=Fields(**given) if given else None, text_field=text_field)
-    if "training" not in parts:
+    if "training" not in parts and training:
         raise UsageError(f"--data {source} is for evaluation alone, never for training: choose other data")
-    train, held_out = parts["training"], parts["held out"]
-    answers = isinstance(train[0], Example)
+    train: Any = parts.get("training", ())
+    held_out = parts["held out"] if "training" in parts else parts["evaluation"]
+    answers = isinstance(held_out[0], Example)
     if options["chat"] and not answers:
         raise UsageError(
             f"--chat is for examples, and --data {source} is plain text: give a .jsonl or .tsv file with the fields"

@@ -50,14 +50,14 @@ def compare(
     answer_temperature: o.AnswerTemperature = 0.6,
     max_new_tokens: o.MaxNewTokens = 128,
     k: o.K = None,
-    test_prompt: o.TestPrompt = False,
+    test_prompt: o.TestPrompt = None,
     test_timeout: o.TestTimeout = 5.0,
     bootstrap: o.Bootstrap = 2000,
     level: o.Level = 0.95,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     attention: o.Attention = None,
-    batch: o.Batch = 8,
+    batch: o.Batch = 4,
     out: o.Out = None,
 ) -> None:
     """Put runs or policies into one table with plots.

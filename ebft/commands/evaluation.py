@@ -69,7 +69,13 @@ AnswerTemperature = Annotated[float, option(ANSWERS, "Sampling temperature of an
 MaxNewTokens = Annotated[int, option(ANSWERS, "Tokens of an answer at most.")]
 K = Annotated[str | None, option(ANSWERS, "k of pass@k and best-of-k, at most N (default those of 1,4,16)")]
 TestPrompt = Annotated[
-    bool, option(ANSWERS, "Programs are prompt and answer together, not the answer alone.", "--test-prompt")
+    bool | None,
+    option(
+        ANSWERS,
+        "Programs are prompt and answer together, or the answer alone (default: together where the prompt and the"
+        " reference are a program)",
+        "--test-prompt/--no-test-prompt",
+    ),
 ]
 TestTimeout = Annotated[float, option(ANSWERS, "Seconds for the tests of one program.")]
 Bootstrap = Annotated[int, option(STATISTICS, "Resamples of sequences (prompts) behind the intervals.")]

@@ -32,7 +32,7 @@ def evaluation_png(entries: Mapping[str, Sequence[Entry]], *, title: str) -> byt
     for metric, label in ((prompts.PASS, "pass@k"), (prompts.SENTENCE_CHRF, "chrF, best of k")):
         if any(e["metric"] == metric for e in first):
             panels.append((label, "k", _by_horizon(metric, "")))
-    columns = min(3, max(1, len(panels)))
+    columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     rows = -(-len(panels) // columns) or 1
     figure = Figure(figsize=(4.2 * columns, 0.8 + 2.9 * rows), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
@@ -72,7 +72,11 @@ def _entropies(axes, entries: Sequence[Entry], policy: str, colour: str) -> None
         (names.SURPRISAL, names.DATA, "surprisal of data", "#999999"),
     )
     for metric, of, label, shade in kinds:
-        _with_band(axes, _known(entries, metric, of), label, shade)
+        own = _known(entries, metric, of)
+        if metric == names.SURPRISAL:  # a third band would hide the two that are compared
+            axes.plot([e["at"] for e in own], [e["value"] for e in own], color=shade, linewidth=1.0, label=label)
+        else:
+            _with_band(axes, own, label, shade)
 
 
 def _gap(axes, entries: Sequence[Entry], policy: str, colour: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from ebft import schema
+from ebft.data.examples import Example
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, compiles, pass_at_k
 from ebft.loops.evaluation.quantities import Quantity
@@ -22,19 +23,6 @@ from ebft.samplers.component import Engine
 PASS, COMPILES, EXACT = "pass_at_k", "compiles", "exact_match"
 SENTENCE_BLEU, SENTENCE_CHRF = "sentence_bleu", "sentence_chrf"
 DISTINCT, TOKENS, ENDED = "distinct_answers", "answer_tokens", "answers_ended"
-
-
-class Example(Protocol):
-    """A prompt with its answer, and tests where it asks for a program; `ebft.data` has such a class."""
-
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def answer(self) -> str: ...
-
-    @property
-    def tests(self) -> Sequence[str]: ...
 
 
 @torch.no_grad()
@@ -51,7 +39,7 @@ def measure_answers(
     seed: int,
     eos: int,
     device: torch.device,
-    test_prompt: bool = False,
+    test_prompt: bool | None = None,
     timeout: float = 5.0,
     **sampling: Any,
 ) -> Iterator[tuple[dict[Quantity, tuple[Tensor, Tensor]], list[list[str]]]]:
@@ -62,7 +50,8 @@ def measure_answers(
         decode: (tokens [M,G], mask [M,G]) -> M strings.
         data: a prompt a row, batch size [M]; examples: of the rows, in their order.
         samples: N, answers to each prompt; ks: of pass@k and best-of-k, each 1 to N.
-        test_prompt: programs are prompt + answer, not the answer alone.
+        test_prompt: whether programs are prompt + answer, or the answer alone; None: prompt + answer of the examples
+            whose prompt with the reference is a program.
         timeout: seconds for the tests of one program.
         sampling: temperature, ... of the engine.
 
@@ -93,7 +82,7 @@ def answer_totals(
     examples: Sequence[Example],
     *,
     ks: Sequence[int],
-    test_prompt: bool = False,
+    test_prompt: bool | None = None,
     timeout: float = 5.0,
 ) -> dict[Quantity, tuple[Tensor, Tensor]]:
     """What N answers to each of B prompts are worth, totals [B] each.
@@ -108,7 +97,9 @@ def answer_totals(
     right = [example.answer for example in repeated]
     found: dict[Quantity, tuple[Tensor, Tensor]] = {}
     if any(example.tests for example in examples):
-        programs = [e.prompt + text if test_prompt else text for text, e in zip(flat, repeated, strict=True)]
+        together = [compiles(e.prompt + e.answer) if test_prompt is None else test_prompt for e in examples]
+        pairs = zip(texts, examples, together, strict=True)
+        programs = [e.prompt * both + text for group, e, both in pairs for text in group]
         tested = torch.tensor([bool(example.tests) for example in examples])
         passed = torch.zeros(len(flat))
         kept = [i for i, example in enumerate(repeated) if example.tests]

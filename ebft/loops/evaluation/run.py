@@ -9,9 +9,10 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
+from ebft.data.examples import Example
 from ebft.features.contract import FeatureMap
 from ebft.loops.display import Display
-from ebft.loops.evaluation.prompts import Example, measure_answers
+from ebft.loops.evaluation.prompts import measure_answers
 from ebft.loops.evaluation.quantities import Totals, concatenate
 from ebft.loops.evaluation.rollouts import measure_rollouts
 from ebft.loops.interrupt import Interrupted

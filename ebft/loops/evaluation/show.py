@@ -11,6 +11,7 @@ from rich.table import Table
 from ebft.loops.evaluation import prompts
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.result import Entry, look_up
+from ebft.loops.report_curves import number
 from ebft.loops.report_verdict import aligned
 
 PLACES = (1, 2, 4, 8, 16, 32, 64)
@@ -92,7 +93,7 @@ def side_by_side(entries: Sequence[Entry]) -> list[Grid]:
     """The tables of one policy, with feature maps and kinds of text side by side."""
     own = list(entries)
     plain = [e for e in own if e["metric"] not in (*_BY_HORIZON, *_ROLLOUTS, *_BY_PLACE)]
-    found = [Grid("", ["metric", "value"], [[title(e), cell(e)] for e in plain])]
+    found = [Grid("", ["metric", "value", "interval", "units"], [[title(e), *_in_full(e)] for e in plain])]
     maps = list(dict.fromkeys(e["of"] for e in own if e["metric"] == names.MATCHING))
     horizons = _horizons(own)
     if maps:
@@ -119,8 +120,8 @@ def print_grids(console: Console, found: Sequence[Grid]) -> None:
     """On the screen."""
     for grid in found:
         table = Table(title=grid.title or None, title_justify="left")
-        for number, heading in enumerate(grid.header):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for place, heading in enumerate(grid.header):
+            table.add_column(heading, justify="right" if place else "left", overflow="fold")
         for row in grid.rows:
             table.add_row(*row)
         console.print(table)
@@ -135,6 +136,15 @@ def markdown(found: Sequence[Grid]) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in grid.rows]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _in_full(entry: Entry) -> list[str]:
+    """Value, interval and units: intervals need not lie evenly around their value."""
+    if entry["low"] is None or entry["high"] is None:
+        return [number(entry["value"]), "–", str(entry["units"])]
+    half = (entry["high"] - entry["low"]) / 2
+    value, low, high = (aligned(entry[key], half) for key in ("value", "low", "high"))
+    return [value, f"{low} to {high}", str(entry["units"])]
 
 
 def _horizons(entries: Sequence[Entry]) -> list[int]:
