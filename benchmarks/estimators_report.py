@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
 
-from ebft.files import write_atomically, write_json
+from ebft.files import write_atomically
 from ebft.objectives.baselines import ESTIMATORS
 
 Row = Mapping[str, Any]
@@ -17,10 +18,21 @@ MAIN = 4  # N of the table over kernels
 def write(out: Path, results: Mapping[str, Any], *, plot: Path | None) -> None:
     """OUT/estimators.json, OUT/estimators.md and the plot."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "estimators.json", results)
+    write_atomically(out / "estimators.json", _compact(results).encode())
     write_atomically(out / "estimators.md", markdown(results).encode())
     if plot is not None:
         draw(results["rows"], plot)
+
+
+def _compact(results: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, numbers to 5 digits."""
+
+    def rounded(value: Any) -> Any:
+        return [None if x is None else float(f"{x:.5g}") for x in value] if isinstance(value, list) else value
+
+    rows = [json.dumps({name: rounded(value) for name, value in row.items()}) for row in results["rows"]]
+    head = json.dumps({name: value for name, value in results.items() if name != "rows"})
+    return f'{head[:-1]}, "rows": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
 def markdown(results: Mapping[str, Any]) -> str:

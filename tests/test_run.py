@@ -240,7 +240,7 @@ def test_the_independent_sampler_trains_like_the_strided_one(options):
 
 def test_one_update_equals_the_update_written_out(options):
     """Sample, embed, reward, leave-one-out, cross-entropy, divergence: by independent forwards and loops."""
-    policy, pipeline, rows = parts(options)
+    policy, pipeline, rows = parts(options, estimator="rloo")
     model = AutoModelForCausalLM.from_pretrained(options["policy"]).eval()
     start = AutoModelForCausalLM.from_pretrained(options["policy"]).eval()
     with torch.no_grad():  # away from the start, so that the divergence has a gradient

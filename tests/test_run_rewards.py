@@ -41,7 +41,7 @@ def texts(policy, td, b, k):
 
 
 def test_a_verifier_compares_with_the_text_that_follows(options):
-    policy, td = rewarded(options, objective="verifier", word_order=2)
+    policy, td = rewarded(options, objective="verifier", word_order=2, estimator="rloo")
     b, k = td[schema.ANCHOR_MASK].nonzero()[1].tolist()
     rollouts, target = texts(policy, td, b, k)
     wanted = chrf(rollouts, [target] * len(rollouts), word_order=2)
@@ -130,7 +130,8 @@ def test_an_energy_is_a_reward(options, tmp_path):
     energy, about = load_energy(tmp_path / "energy.safetensors")
     assert torch.equal(energy.chi, chi)
     assert about == {"features": FEATURES}
-    chosen = {"objective": "energy", "energy": str(tmp_path / "energy.safetensors"), "features": "ngram"}
+    chosen = {"objective": "energy", "energy": str(tmp_path / "energy.safetensors"), "features": "ngram",
+              "estimator": "rloo"}  # fmt: skip
     _, td = rewarded(options, **chosen, dimension=64)
     wanted = -(td[schema.ROLLOUT_FEATURES] @ chi.float())
     real = td[schema.ANCHOR_MASK]

@@ -160,7 +160,8 @@ def run(
         str | None, option(MATCHING, "energy: its file, an energy.safetensors as the command tilt writes it")
     ] = None,
     diversity: Annotated[float, option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
-    estimator: Annotated[str, option(MATCHING, "Baseline of the policy gradient.")] = "rloo",
+    # rloo_tuned wants the fewest rollouts: `python benchmarks/estimators.py FOLDER --collect`, docs/estimators.png
+    estimator: Annotated[str, option(MATCHING, "Baseline of the policy gradient.")] = "rloo_tuned",
     credit: Annotated[
         str | None,
         option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
