@@ -8,6 +8,8 @@ import json
 import os
 import struct
 import subprocess
+import sys
+import types
 import zipfile
 
 import pytest
@@ -289,6 +291,16 @@ def test_all_are_listed():
     console = Console(file=io.StringIO())
     list_data_sets(console)
     assert [line.split()[0] for line in console.file.getvalue().splitlines()] == list(DATA_SETS)
+
+
+def test_the_papers_own_data(monkeypatch):
+    def load_dataset(source, split):
+        assert (source, split) == ("sjelassi/opencode-instruct_100k_200tok", "train")
+        return [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    train, held = load_parts("paper-qa-code").values()
+    assert sorted(int(e.answer[1:]) for e in [*train, *held] if e.prompt[1:] == e.answer[1:]) == list(range(30))
 
 
 # The real ones

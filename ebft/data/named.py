@@ -19,7 +19,7 @@ Parts = dict[str, Sequence[Example] | Sequence[Document]]
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that needs no model hub."""
+    """A data set: built from packages, from this Python, or read from the hub, as `source` says."""
 
     summary: str
     licence: str
@@ -48,6 +48,7 @@ def _licences(sources: dict[str, Any], *more: str) -> str:
 
 
 _CATALOGUES = " and ".join(wheel.requirement for wheel, _ in translation.CATALOGUES.values())
+_PAPER_QA_CODE = "sjelassi/opencode-instruct_100k_200tok"
 _CODE = DataSet(
     "Python source of the standard library, without its tests", qa_code.STDLIB_LICENCE, "this Python",
     partial(load_documents, STDLIB),
@@ -80,6 +81,11 @@ DATA_SETS: dict[str, DataSet] = {
         )
         for language, name in translation.LANGUAGES.items()
     },
+    # The authors' own data; the names of its fields are those of their released script.
+    "paper-qa-code": DataSet(
+        "the paper's 100k of OpenCodeInstruct, from the hub", "as stated on the hub", f"hub data set {_PAPER_QA_CODE}",
+        partial(load_examples, _PAPER_QA_CODE, fields=Fields(prompt="question")),
+    ),
 }  # fmt: skip
 
 
