@@ -11,6 +11,7 @@ It shares no code with `ebft.layout` and `ebft.attention`: it is a second opinio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,16 +95,52 @@ def score(
     """
     _refuse_other_attention(model)
     (batch, length), (_, count, rollouts, horizon) = tokens.shape, rollout_tokens.shape
-    drawn = rollout_tokens.permute(0, 2, 3, 1).reshape(batch * rollouts, -1)  # [B·N,G·K], as they were drawn
-    row = torch.cat([tokens.repeat_interleave(rollouts, 0), drawn], 1)
-    position = positions(anchors, length=length, steps=horizon).repeat_interleave(rollouts, 0)
-    mask = _mask(anchors, length=length, steps=horizon, rollouts=rollouts)
+    row, position, mask = _whole_row(tokens, anchors, rollout_tokens)
+    drawn = row[:, length:]
     logits = _logits(model, row, position, mask)
     later = torch.arange(length, length + count * (horizon - 1), device=row.device).expand(batch, -1)
     predecessors = torch.cat([anchors - 1, later], 1).repeat_interleave(rollouts, 0)  # [B·N,G·K]
     log_prob = _log_probs_at(logits, predecessors).gather(-1, drawn[..., None])[..., 0]
     token_log_prob = logits[::rollouts, : length - 1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return _by_anchor(log_prob, batch=batch, horizon=horizon), token_log_prob
+
+
+@torch.no_grad()
+def hidden_states(
+    model: Any, tokens: torch.Tensor, anchors: torch.Tensor, rollout_tokens: torch.Tensor, layers: Sequence[int]
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """States at the last tokens of all rollouts and targets: a full pass of the whole model, without its head.
+
+    Args:
+        model, tokens, anchors, rollout_tokens: as in `score`.
+        layers: which of the states that the model reports; the last of these has gone through its final norm.
+
+    Returns:
+        layer -> [B,K,N,H] of the rollouts, layer -> [B,K,H] of the targets (from the first copy).
+    """
+    _refuse_other_attention(model)
+    (batch, length), (_, count, rollouts, horizon) = tokens.shape, rollout_tokens.shape
+    row, position, mask = _whole_row(tokens, anchors, rollout_tokens)
+    states = model.base_model(
+        input_ids=row, position_ids=position, attention_mask=mask, use_cache=False, output_hidden_states=True
+    ).hidden_states
+    rows = torch.arange(batch, device=row.device)[:, None]
+    last = {layer: states[layer][:, length + (horizon - 1) * count :] for layer in layers}
+    return (
+        {layer: state.unflatten(0, (batch, rollouts)).transpose(1, 2) for layer, state in last.items()},
+        {layer: states[layer][::rollouts][rows, anchors + horizon - 1] for layer in layers},
+    )
+
+
+def _whole_row(
+    tokens: torch.Tensor, anchors: torch.Tensor, rollout_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows [B·N,T+G·K] with all that was drawn in the order of drawing, their positions and their mask."""
+    (batch, length), (_, _, rollouts, horizon) = tokens.shape, rollout_tokens.shape
+    drawn = rollout_tokens.permute(0, 2, 3, 1).reshape(batch * rollouts, -1)  # [B·N,G·K]
+    row = torch.cat([tokens.repeat_interleave(rollouts, 0), drawn], 1)
+    position = positions(anchors, length=length, steps=horizon).repeat_interleave(rollouts, 0)
+    return row, position, _mask(anchors, length=length, steps=horizon, rollouts=rollouts)
 
 
 def _logits(model: Any, row: torch.Tensor, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
