@@ -10,7 +10,8 @@
 * **spread**: standard deviation of the rewards of a group; **flat**: share of groups whose rewards are all the same.
 * **SNR²**: of the policy gradient with the leave-one-out baseline, summed over all anchors. With g_1..g_R from
   independent sets of rollouts, E⟨g_i,g_j⟩ / (E‖g‖² - E⟨g_i,g_j⟩), i ≠ j: squared norm of the mean over the mean squared
-  distance from it. Unbiased above and below the line; negative when the mean cannot be told from 0.
+  distance from it (`ebft.loops.signal.statistics`). Unbiased above and below the line; negative when the mean cannot
+  be told from 0.
 
 Standard errors are by the jackknife: over sequences for the first two, over the R sets for the last.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.feature_maps import folds
+from ebft.loops.signal import statistics
 from ebft.objectives.baselines import advantage, reward_scale, rounding, zero_spread
 from ebft.objectives.kernels import kernel_score_reward, mean_over_others
 
@@ -86,23 +88,15 @@ def jackknife(sums: Tensor, estimate: Callable[[Tensor], float]) -> Estimate:
 
 
 def signal_to_noise(gram: Tensor) -> Estimate:
-    """SNR² and its standard error from the inner products [R,R] of R independent gradients."""
-
-    def ratio(kept: Tensor) -> float:
-        own = gram[kept][:, kept].double()
-        count = len(own)
-        square = own.diagonal().mean()
-        product = (own.sum() - own.diagonal().sum()) / (count * (count - 1))
-        return float(product / (square - product)) if square > 0 else math.nan
-
-    everything = torch.arange(len(gram))
-    left_out = [ratio(everything[everything != i]) for i in range(len(gram))] if len(gram) > 2 else []
-    return ratio(everything), _deviation(left_out)
+    """SNR² and its standard error from the inner products [R,R] of R independent gradients; NaN when all are 0."""
+    if not gram.diagonal().any():
+        return math.nan, math.nan
+    sets = len(gram)
+    estimate = statistics.jackknife(gram.double().view(1, sets, 1, 1, sets, 1), statistics.signal_to_noise)[0]
+    return estimate.value, estimate.error
 
 
 def _deviation(left_out: list[float]) -> float:
-    if len(left_out) < 2:
-        return math.nan
     values = torch.tensor(left_out, dtype=torch.float64)
     return float(((len(values) - 1) * (values - values.mean()).square().mean()).sqrt())
 

@@ -44,7 +44,7 @@ from ebft.features.sbert import sbert
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("hidden", "sbert", "signal")
-QUICK = {"sequences": 2, "length": 48, "stride": 16, "first": 16, "rollouts": 3, "resamples": 2}
+QUICK = {"sequences": 2, "length": 48, "stride": 16, "first": 16, "rollouts": 3, "resamples": 3}
 Say = Callable[[str], None]
 
 
@@ -151,7 +151,7 @@ def main(
     first: Annotated[int, typer.Option(help="Context tokens before the first anchor; 2 or more.")] = 32,
     horizon: Annotated[int, typer.Option(help="G, tokens of a rollout.")] = 8,
     rollouts: Annotated[int, typer.Option(help="N, rollouts of a group; 3 or more.")] = 4,
-    resamples: Annotated[int, typer.Option(help="R, independent groups of each anchor; 2 or more, 3 for errors.")] = 6,
+    resamples: Annotated[int, typer.Option(help="R, independent groups of each anchor; 3 or more.")] = 6,
     rank: Annotated[int, typer.Option(help="Of the LoRA adapters whose gradient is taken.")] = 4,
     settings: Annotated[str, typer.Option(help="Settings T or T:G:N of the stage hidden.")] = "1024",
     repeats: Annotated[int, typer.Option(help="Timed runs of which the best counts.")] = 2,
@@ -169,7 +169,7 @@ def main(
     size = dict(zip(QUICK, (sequences, length, stride, first, rollouts, resamples), strict=True)) | (
         QUICK if quick else {}
     )
-    least = {"first": 2, "rollouts": 3, "resamples": 2, "sequences": 2}
+    least = {"first": 2, "rollouts": 3, "resamples": 3, "sequences": 2}
     for option, value in {**size, "rank": rank, "repeats": repeats, "horizon": horizon}.items():
         if value < least.get(option, 1):
             raise UsageError(f"--{option} {value}: expected a whole number >= {least.get(option, 1)}")

@@ -18,7 +18,7 @@ from ebft.objectives.moments import feature_matching_reward, moment_values
 from ebft.policy import CausalPolicy
 from tests.models import tiny
 
-DRAW = Draw(sequences=2, length=20, stride=6, first=4, horizon=3, rollouts=3, resamples=2, seed=0)
+DRAW = Draw(sequences=2, length=20, stride=6, first=4, horizon=3, rollouts=3, resamples=3, seed=0)
 
 
 class LetterCounts:
@@ -75,14 +75,14 @@ def test_gradients_are_those_of_adapters_switched_on_where_a_rollout_starts():
 
 
 def test_signal_to_noise_is_unbiased_for_its_two_parts():
-    """Gradients of mean m and unit noise in 200 dimensions: squared norm 4 over 200, and a jackknife error near it."""
+    """Gradients of a mean of norm 2 and unit noise in 200 dimensions: 4 over 200; the jackknife is up to √2 wide."""
     random = torch.Generator().manual_seed(0)
     mean = torch.zeros(200)
     mean[0] = 2.0
     draws = mean + torch.randn(300, 8, 200, generator=random)
     found = torch.tensor([signal_to_noise(g @ g.mT) for g in draws])
     assert found[:, 0].mean() == pytest.approx(4 / 200, abs=4 * float(found[:, 0].std()) / 300**0.5)
-    assert found[:, 1].mean() == pytest.approx(float(found[:, 0].std()), rel=0.3)
+    assert 0.9 < found[:, 1].mean() / found[:, 0].std() < 1.1 * 2**0.5
     exact = torch.ones(3, 5)
     exact[2] *= 2
     gram = exact @ exact.mT  # products 5, 10, 10, squares 5, 5, 20
@@ -162,7 +162,7 @@ def test_full_passes_and_the_comb_give_the_same_features():
 def test_rollouts_are_real_and_of_one_document(tiny_folder):
     policy = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", dtype="float32")
     drawn = draw_rollouts(policy, "prose", DRAW)
-    assert drawn[schema.ROLLOUT_TOKENS].shape == (2, 3, 6, 3)
+    assert drawn[schema.ROLLOUT_TOKENS].shape == (2, 3, 9, 3)
     assert drawn[schema.ANCHORS].tolist() == [[4, 10, 16]] * 2
     for b, k in ((0, 0), (1, 2)):
         anchor = int(drawn[schema.ANCHORS][b, k])
@@ -224,7 +224,7 @@ def test_benchmark_keeps_what_it_has_and_repeats_itself(tiny_folder, tmp_path):
         ({"stage": "signals"}, "--stage signals"),
         ({"rollouts": 2}, "--rollouts 2: expected a whole number >= 3"),
         ({"first": 1}, "--first 1"),
-        ({"resamples": 1}, "--resamples 1"),
+        ({"resamples": 2}, "--resamples 2"),
     ],
 )
 def test_wrong_options(options, message, tmp_path):
