@@ -159,10 +159,10 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto or a torch dtype.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Folder of rollouts (default in the cache of ebft).")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of features.json and features.md.")] = ROOT / "benchmarks/results",
-    plot: Annotated[Path, typer.Option(help="The plot.")] = ROOT / "docs/features.png",
+    out: Annotated[Path | None, typer.Option(help="Folder of features.json (default benchmarks/results).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="The plot (default docs/features.png).")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two short rows: says that it runs, and nothing more.")
+        bool, typer.Option("--quick", help="Two short rows, results in CACHE/quick: shows that it runs.")
     ] = False,
 ) -> None:
     """Measure feature maps."""

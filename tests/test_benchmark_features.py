@@ -230,3 +230,15 @@ def test_benchmark_keeps_what_it_has_and_repeats_itself(tiny_folder, tmp_path):
 def test_wrong_options(options, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         features.main(out=tmp_path, cache=tmp_path, **options)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_trial_leaves_the_real_results_alone(quick, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(features, "benchmark", lambda *args, save, **options: save(args) or {})
+    monkeypatch.setattr(features_report, "write", lambda *places: written.append(places[:2]))
+    monkeypatch.setattr(features_report, "markdown", lambda results: "")
+    features.main(cache=tmp_path, quick=quick)
+    results, plot = tmp_path / "quick", tmp_path / "quick" / "features.png"
+    real = features.ROOT / "benchmarks" / "results", features.ROOT / "docs" / "features.png"
+    assert written == [(results, plot) if quick else real]
