@@ -140,7 +140,7 @@ def test_intervals_are_the_jackknife_of_a_mean():
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory, tiny_folder, tiny_text):
     folder = tmp_path_factory.mktemp("rollouts")
-    collect(folder, policy=str(tiny_folder), data=str(tiny_text), features=("ngram",), **SETTINGS)
+    collect(folder, policy=str(tiny_folder), data=str(tiny_text), features=("hidden",), **SETTINGS)
     return folder
 
 
@@ -150,17 +150,17 @@ SETTINGS = {"sequences": 7, "length": 40, "horizon": 3, "rollouts": 8, "projecti
 def test_from_rollouts_to_table_and_plot_without_a_model(collection, tiny_folder, tiny_text, tmp_path, monkeypatch):
     td, _ = load(collection)
     assert td["scores"].shape == (7, 2, 8, 5)
-    assert td["features", "ngram"].shape == (7, 2, 8, 2048)
+    assert td["features", "hidden"].shape[:3] == (7, 2, 8)
     for number in (2, 5):  # what an interrupted collection lacks is made again, the same
         shutil.rmtree(collection / f"sequence-00{number}")
     with pytest.raises(UsageError, match="lacks sequence-002, sequence-005"):
         load(collection)
-    collect(collection, policy=str(tiny_folder), data=str(tiny_text), features=("ngram",), **SETTINGS)
+    collect(collection, policy=str(tiny_folder), data=str(tiny_text), features=("hidden",), **SETTINGS)
     again, _ = load(collection)
     assert torch.equal(again["rollout_tokens"], td["rollout_tokens"])
     torch.testing.assert_close(again["scores"], td["scores"])
     with pytest.raises(UsageError, match="other settings"):
-        collect(collection, policy=str(tiny_folder), data=str(tiny_text), features=("ngram",),
+        collect(collection, policy=str(tiny_folder), data=str(tiny_text), features=("hidden",),
                 **{**SETTINGS, "seed": 1})  # fmt: skip
 
     monkeypatch.setattr(CausalPolicy, "from_pretrained", None)  # nothing below loads a model
@@ -171,7 +171,7 @@ def test_from_rollouts_to_table_and_plot_without_a_model(collection, tiny_folder
     assert len(first["rows"]) == 3 * 2 * 2 * 5
     assert estimators.evaluate(collection, **options, say=said.append) == first
     assert len(said) == 3 * 2
-    (collection / "cells" / "ngram-none-4.json").unlink()
+    (collection / "cells" / "hidden-none-4.json").unlink()
     assert estimators.evaluate(collection, **options, say=said.append) == first
     assert len(said) == 3 * 2 + 1
     estimators.estimators_report.write(tmp_path, first, plot=tmp_path / "plot.png")
