@@ -102,12 +102,27 @@ def _product_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+# Rows of logits handled at once: a few of a large vocabulary fit into a processor's cache.
+_ROWS_IN_CACHE = 8
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """h Wᵀ/τ [R,V] in at least float32."""
+    logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _log_normalisers(logits: torch.Tensor) -> torch.Tensor:
+    """[R,V] -> log Σ_v exp z_v, [R,1]."""
+    return torch.cat([rows.logsumexp(-1, keepdim=True) for rows in logits.split(_ROWS_IN_CACHE)])
+
+
 def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """log softmax(h Wᵀ/τ) [R,V] in at least float32, computed in place."""
-    logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
-    if temperature != 1:
-        logits.div_(temperature)
-    return logits.log_softmax(-1)
+    logits = _logits(hidden, weight, temperature)
+    for rows in logits.split(_ROWS_IN_CACHE):
+        rows.sub_(rows.logsumexp(-1, keepdim=True))
+    return logits
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -158,35 +173,42 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
-        chosen, spreads = [], []
+        chosen, normalisers, spreads = [], [], []
         for part, picked in zip(hidden.split(rows), tokens.split(rows), strict=True):
-            log_probs = _log_softmax(part.to(weight.dtype), weight, temperature)
-            chosen.append(log_probs.gather(-1, picked))
+            logits = _logits(part.to(weight.dtype), weight, temperature)
+            normalisers.append(_log_normalisers(logits))
+            chosen.append(logits.gather(-1, picked) - normalisers[-1])
             if entropy:
-                spreads.append(_entropy(log_probs))
+                spreads.append(_entropy(logits - normalisers[-1]))
         spread = torch.cat(spreads) if entropy else hidden.new_empty(0)
-        ctx.save_for_backward(hidden, weight, tokens, spread)
+        ctx.save_for_backward(hidden, weight, tokens, torch.cat(normalisers), spread)
         ctx.temperature, ctx.rows, ctx.entropy = temperature, rows, entropy
         return torch.cat(chosen), spread
 
     @staticmethod
     def backward(ctx, gradient, on_entropy):
-        hidden, weight, tokens, spread = ctx.saved_tensors
+        hidden, weight, tokens, normaliser, spread = ctx.saved_tensors
         compute = torch.promote_types(weight.dtype, torch.float32)
+        gradient, on_entropy = gradient / ctx.temperature, on_entropy / ctx.temperature
         on_hidden = torch.empty_like(hidden)
         on_weight = torch.zeros_like(weight, dtype=compute)
         rows = max(ctx.rows, _ROWS_OF_A_WEIGHT_GRADIENT)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             states = hidden[part].to(weight.dtype)
-            log_probs = _log_softmax(states, weight, ctx.temperature)
-            if ctx.entropy:
-                pull = gradient[part].sum(-1, keepdim=True) + on_entropy[part, None] * (log_probs + spread[part, None])
-                slope = log_probs.exp_().mul_(-pull)
-            else:
-                slope = log_probs.exp_().mul_(-gradient[part].sum(-1, keepdim=True))
-            slope.scatter_add_(-1, tokens[part], gradient[part])
-            slope = slope.div_(ctx.temperature).to(weight.dtype)
+            slope = _logits(states, weight, ctx.temperature)
+            inside = [slope, normaliser[part], gradient[part].sum(-1, keepdim=True)]
+            inside += [on_entropy[part, None], spread[part, None]] if ctx.entropy else []
+            for log_probs, own, pull, *more in zip(*(x.split(_ROWS_IN_CACHE) for x in inside), strict=True):
+                log_probs.sub_(own)
+                if more:
+                    on_spread, own_spread = more
+                    pull = pull + on_spread * (log_probs + own_spread)
+                log_probs.exp_().mul_(-pull)
+            slope = slope.scatter_add_(-1, tokens[part], gradient[part]).to(weight.dtype)
             on_hidden[part] = slope @ weight
-            on_weight += slope.T @ states
+            if weight.dtype == compute:
+                on_weight.addmm_(slope.T, states)
+            else:
+                on_weight += slope.T @ states
         return on_hidden, on_weight.to(weight.dtype), None, None, None, None
