@@ -1,8 +1,9 @@
-"""The kernel ``chunked``: the trunk causally, then the teeth of a few anchors per call.
+"""The kernel ``chunked``: a few queries per call, against the part of the trunk that they see and their own teeth.
 
-A tooth sees the trunk before its anchor and its own tokens. Scores against the trunk are one matrix product per key
-head, those against the own tooth one small product per tooth, so no product is spent on other teeth. Attention weights
-live for one call only: backward computes them again, as it does in fused attention.
+Scores against the trunk are one matrix product per key head, those against the own tooth one small product per tooth,
+so none is spent on other teeth. Attention weights live for one call only: backward computes them again, as it does in
+fused attention. With weights P = softmax(s), s = scaling·QKᵀ, output O = PV and the gradient dO:
+dV = Pᵀ dO, dP = dO Vᵀ, ds = P (dP - Σ P dP), dQ = scaling·ds K, dK = scaling·dsᵀ Q.
 """
 
 from __future__ import annotations
@@ -12,159 +13,191 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebft.attention.masks import trunk_mask
-from ebft.attention.rule import ScoreRule, attend, shape_scores, softmax
+from ebft.attention.rule import ScoreRule
 from ebft.layout import NestedPrefixLayout
 
 # Anchors per call: more read trunk that not all of them see, fewer make more and smaller products.
 ANCHORS_PER_CALL = 8
 
+# Trunk tokens per call, for the same reason.
+TOKENS_PER_CALL = 128
+
 
 class Chunk(NamedTuple):
-    """The teeth of a few neighbouring anchors: Q slots start..stop of the row.
+    """Q neighbouring slots of the row: tokens of the trunk, or all teeth of a few anchors.
 
     Attributes:
         start, stop: first slot, last slot + 1.
-        reach: the furthest of the anchors; nobody sees the trunk from there on.
+        reach: none of them sees the trunk from this slot on.
+        own: G, tokens of the own tooth; 0 for a part of the trunk.
         seen: trunk slots before this one are visible to all Q, so `hidden` need not tell.
-        hidden: [B,1,1,Q,reach-seen+G]: which of the trunk from `seen` on, and of the own tooth, is not visible.
+        hidden: [B,1,Q,reach-seen+own] bool: which of the trunk from `seen` on, and of the own tooth, is not visible.
     """
 
     start: int
     stop: int
     reach: int
+    own: int
     seen: int
     hidden: Tensor
 
 
-def chunk_masks(layout: NestedPrefixLayout, window: int | None) -> tuple[Tensor | None, list[Chunk]]:
-    """The trunk's mask as `masks.trunk_mask` gives it, and the chunks of anchors."""
-    per_anchor = layout.rollouts * layout.horizon
-    chunks = []
-    if per_anchor:
-        reach = layout.anchors.amax(0).tolist()
-        for k in range(0, layout.count, ANCHORS_PER_CALL):
-            stop = layout.length + min(k + ANCHORS_PER_CALL, layout.count) * per_anchor
-            start = layout.length + k * per_anchor
-            chunks.append(_chunk(layout, window, start, stop, max(reach[k : k + ANCHORS_PER_CALL])))
-    return trunk_mask(layout, window), chunks
+def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
+    """All slots of a row, in chunks."""
+    length, per_anchor = layout.length, layout.rollouts * layout.horizon
+    parts = [(start, min(start + TOKENS_PER_CALL, length), 0) for start in range(0, length, TOKENS_PER_CALL)]
+    chunks = [_chunk(layout, window, start, stop, stop, own) for start, stop, own in parts]
+    anchors = layout.anchors.amax(0).tolist() if per_anchor else []
+    for k in range(0, len(anchors), ANCHORS_PER_CALL):
+        few = anchors[k : k + ANCHORS_PER_CALL]
+        start = length + k * per_anchor
+        chunks.append(_chunk(layout, window, start, start + len(few) * per_anchor, max(few), layout.horizon))
+    return chunks
 
 
-def _chunk(layout: NestedPrefixLayout, window: int | None, start: int, stop: int, reach: int) -> Chunk:
+def _chunk(layout: NestedPrefixLayout, window: int | None, start: int, stop: int, reach: int, own: int) -> Chunk:
     slots = torch.arange(start, stop, device=layout.anchors.device)
-    trunk = torch.arange(reach, device=slots.device)
-    own = slots.view(-1, layout.horizon).repeat_interleave(layout.horizon, 0)  # [Q,G]: the slots of the query's tooth
-    keys = torch.cat([trunk.expand(len(slots), -1), own], 1)
+    keys = torch.arange(reach, device=slots.device).expand(len(slots), -1)
+    if own:
+        keys = torch.cat([keys, slots.view(-1, own).repeat_interleave(own, 0)], 1)
     rows = torch.arange(layout.batch, device=slots.device)[:, None, None]
-    hidden = ~layout.visible(slots[:, None], keys, row=rows, window=window)  # [B,Q,reach+G]
+    hidden = ~layout.visible(slots[:, None], keys, row=rows, window=window)  # [B,Q,reach+own]
     partly = hidden[..., :reach].flatten(0, 1).any(0).nonzero()
     seen = int(partly[0]) if len(partly) else reach
-    return Chunk(start, stop, reach, seen, hidden[:, None, None, :, seen:])
+    return Chunk(start, stop, reach, own, seen, hidden[:, None, :, seen:])
 
 
-def chunked_pass(
-    layout: NestedPrefixLayout,
-    masks: tuple[Tensor | None, list[Chunk]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rule: ScoreRule,
-) -> Tensor:
+def chunked_pass(layout, chunks: list[Chunk], query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
     """Attention of query [B,H,S,E] over key and value [B,J,S,E], J divides H."""
-    on_trunk, chunks = masks
-    trunk = attend(*(x[:, :, : layout.length] for x in (query, key, value)), on_trunk, rule)
-    if not chunks:
-        return trunk
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as the fused attention of the trunk does
+    if torch.is_autocast_enabled(kind):  # as fused attention does
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    return torch.cat([trunk, _Teeth.apply(query, key, value, rule.sinks, layout.horizon, chunks, rule)], 2)
+    return _Chunked.apply(query, key, value, rule.sinks, chunks, rule)
 
 
-class _Teeth(torch.autograd.Function):
-    """Attention of the teeth, [B,H,S-T,E]; the derivative of the weights is autograd's, a chunk at a time."""
-
+class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, horizon, chunks, rule):
+    def forward(ctx, query, key, value, sinks, chunks, rule):
+        key, value = key.contiguous(), value.contiguous()
         ctx.save_for_backward(query, key, value)
-        ctx.horizon, ctx.chunks, ctx.rule = horizon, chunks, rule
-        first = chunks[0].start
-        out = query.new_empty(*query.shape[:2], query.shape[2] - first, value.shape[3])
+        ctx.chunks, ctx.rule = chunks, rule
+        shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        out = query.new_empty(shape)  # [B,S,H,E]: what follows wants the heads of a token side by side
         with torch.autocast(query.device.type, enabled=False):
             for chunk in chunks:
-                parts = _inputs(chunk, query, key, horizon)
-                weights = _weights(*parts, chunk, rule)
-                part = _weighted(weights, *_on_trunk_and_own(chunk, value, horizon))
-                out[:, :, chunk.start - first : chunk.stop - first] = part.flatten(1, 2)
-        return out
+                rows = _rows(query, chunk, key.shape[1])
+                weights, _ = _weights(rows, key, chunk, rule)
+                out[:, chunk.start : chunk.stop] = _from_rows(_weighted(weights, value, chunk), shape)
+        return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value = ctx.saved_tensors
-        horizon, chunks, sinks = ctx.horizon, ctx.chunks, ctx.rule.sinks
-        first, heads = chunks[0].start, key.shape[1]
-        on_query, on_key, on_value = (torch.zeros_like(x) for x in (query, key, value))
-        on_sinks = torch.zeros_like(sinks) if sinks is not None and ctx.needs_input_grad[3] else None
+        rule, heads = ctx.rule, key.shape[1]
+        on_query, on_key, on_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        sinks_wanted = rule.sinks is not None and ctx.needs_input_grad[3]
+        on_sinks = torch.zeros_like(rule.sinks) if sinks_wanted else None
+        shape = (query.shape[0], query.shape[2], query.shape[1], query.shape[3])
         with torch.autocast(query.device.type, enabled=False):
-            for chunk in chunks:
-                inputs = [x.detach().requires_grad_() for x in _inputs(chunk, query, key, horizon)]
-                grouped = gradient[:, :, chunk.start - first : chunk.stop - first].unflatten(1, (heads, -1))
-                with torch.enable_grad():
-                    weights = _weights(*inputs, chunk, ctx.rule)
-                wanted = inputs if on_sinks is None else [*inputs, sinks]
-                trunk_value, own_value = _on_trunk_and_own(chunk, value, horizon)
-                slope = _products(grouped, trunk_value, own_value)
-                to_query, to_trunk, to_own, *to_sinks = torch.autograd.grad(weights, wanted, slope)
-                on_query[:, :, chunk.start : chunk.stop] = to_query.flatten(1, 2)
-                on_key[:, :, : chunk.reach] += to_trunk
-                on_key[:, :, chunk.start : chunk.stop] = to_own.flatten(2, 3)
-                rows = grouped.flatten(2, 3)
-                on_value[:, :, : chunk.reach] += weights.detach()[..., : chunk.reach].flatten(2, 3).mT @ rows
-                own = _by_tooth(weights.detach()[..., chunk.reach :], horizon).mT @ _by_tooth(grouped, horizon)
-                on_value[:, :, chunk.start : chunk.stop] = own.flatten(2, 3)
+            for chunk in ctx.chunks:
+                rows, slope = _rows(query, chunk, heads), _rows(gradient.to(query.dtype), chunk, heads)
+                weights, shaping = _weights(rows, key, chunk, rule)
+                _add_transposed(on_value, weights.to(value.dtype), slope, chunk)
+                on_weights = _products(slope, value, chunk, extra=weights.shape[-1], scaling=1.0)
+                on_weights = on_weights.to(weights.dtype)
+                on_scores = on_weights.sub_((on_weights * weights).sum(-1, keepdim=True)).mul_(weights)
                 if on_sinks is not None:
-                    on_sinks += to_sinks[0]
-        return on_query, on_key, on_value, on_sinks, None, None, None
+                    on_sinks += on_scores[..., -1].unflatten(0, (-1, heads)).unflatten(2, (-1, chunk.stop - chunk.start)).sum((0, 3)).flatten()
+                if shaping is not None:
+                    on_scores[..., : shaping.shape[-1]].mul_(shaping)
+                on_scores = on_scores.to(query.dtype)
+                part = _weighted(on_scores, key, chunk).mul_(rule.scaling)
+                on_query[:, :, chunk.start : chunk.stop] = _from_rows(part, shape).transpose(1, 2)
+                _add_transposed(on_key, on_scores, rows.mul_(rule.scaling), chunk)
+        return on_query, on_key, on_value, on_sinks, None, None
 
 
-def _inputs(chunk: Chunk, query: Tensor, key: Tensor, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B,J,H/J,Q,E] of the chunk, its keys in the trunk [B,J,reach,E] and in the teeth [B,J,Q/G,G,E]."""
-    grouped = query[:, :, chunk.start : chunk.stop].unflatten(1, (key.shape[1], -1))
-    return (grouped, *_on_trunk_and_own(chunk, key, horizon))
+# Rows are the chunk's queries of all query heads of a key head, [B·J, H/J·Q, E]: a broadcast product would copy the keys.
 
 
-def _on_trunk_and_own(chunk: Chunk, x: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """[B,J,S,E] -> what the chunk sees: [B,J,reach,E] of the trunk and [B,J,Q/G,G,E] of its own teeth."""
-    return x[:, :, : chunk.reach], x[:, :, chunk.start : chunk.stop].unflatten(2, (-1, horizon))
+def _rows(x: Tensor, chunk: Chunk, heads: int) -> Tensor:
+    """[B,H,S,E] -> rows [B·J, H/J·Q, E] of the chunk, a copy."""
+    part = x[:, :, chunk.start : chunk.stop]
+    return part.reshape(part.shape[0] * heads, -1, part.shape[3]).clone(memory_format=torch.contiguous_format)
 
 
-def _weights(query: Tensor, trunk_key: Tensor, own_key: Tensor, chunk: Chunk, rule: ScoreRule) -> Tensor:
-    """Attention weights [B,J,H/J,Q,reach+G]."""
-    scores = shape_scores(_products(query, trunk_key, own_key), rule)
-    scores[..., chunk.seen :].masked_fill_(chunk.hidden, -torch.inf)
-    return softmax(scores, rule, dtype=query.dtype)
+def _from_rows(rows: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Rows [B·J, H/J·Q, E] -> [B,Q,H,E] for the `shape` [B,S,H,E]."""
+    batch, _, heads, size = shape
+    return rows.view(batch, heads, -1, size).transpose(1, 2)
 
 
-def _products(rows: Tensor, trunk: Tensor, own: Tensor) -> Tensor:
-    """Inner products of [B,J,H/J,Q,E] with [B,J,reach,E] and with the own tooth's of [B,J,Q/G,G,E]: [...,reach+G]."""
-    # the query heads of a key head are folded into its rows: a broadcast product would copy the keys
-    on_trunk = (rows.flatten(2, 3) @ trunk.mT).view(*rows.shape[:4], -1)
-    on_own = _from_tooth(_by_tooth(rows, own.shape[3]) @ own.mT, rows.shape[2])
-    return torch.cat([on_trunk, on_own], -1)
+def _weights(rows: Tensor, key: Tensor, chunk: Chunk, rule: ScoreRule) -> tuple[Tensor, Tensor | None]:
+    """Attention weights of rows [B·J,X,E], in at least float32, and the slope of soft-capping where there is one.
+
+    The weights are [B·J, X, reach+own], and one more for the sink if the layer has sinks.
+    """
+    extra = chunk.reach + chunk.own + (rule.sinks is not None)
+    scores = _products(rows, key, chunk, extra=extra, scaling=rule.scaling)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    heads, queries = key.shape[1], chunk.stop - chunk.start
+    real = scores[..., : chunk.reach + chunk.own]
+    shaping = None
+    if rule.softcap is not None:
+        real.div_(rule.softcap).tanh_()
+        shaping = 1 - real**2
+        real.mul_(rule.softcap)
+    grouped = scores.view(-1, heads * scores.shape[1] // queries, queries, extra)  # [B,H,Q,...]
+    grouped[..., chunk.seen : chunk.reach + chunk.own].masked_fill_(chunk.hidden, -torch.inf)
+    if rule.sinks is not None:
+        grouped[..., -1] = rule.sinks.to(scores.dtype)[:, None]
+    return scores.softmax(-1), shaping
 
 
-def _weighted(weights: Tensor, trunk: Tensor, own: Tensor) -> Tensor:
-    """Weights [B,J,H/J,Q,reach+G] times values [B,J,reach,E] and [B,J,Q/G,G,E]: [B,J,H/J,Q,E]."""
-    reach = trunk.shape[2]
-    on_trunk = (weights[..., :reach].flatten(2, 3) @ trunk).view(*weights.shape[:4], -1)
-    return on_trunk + _from_tooth(_by_tooth(weights[..., reach:], own.shape[3]) @ own, weights.shape[2])
+def _products(rows: Tensor, keys: Tensor, chunk: Chunk, *, extra: int, scaling: float) -> Tensor:
+    """scaling times inner products of rows [B·J,X,E] with what they see of keys [B,J,S,E], in a tensor of width `extra`.
+
+    Columns: the trunk before `reach`, the own tooth, zeros.
+    """
+    reach, own = chunk.reach, chunk.own
+    products = rows.new_empty(*rows.shape[:2], extra)
+    flat = keys.flatten(0, 1)
+    on_trunk = products[..., :reach]
+    torch.baddbmm(on_trunk, rows, flat[:, :reach].mT, beta=0, alpha=scaling, out=on_trunk)
+    if own:
+        teeth = flat[:, chunk.start : chunk.stop].unflatten(1, (-1, own))  # [B·J,Q/G,G,E]
+        inner = _by_tooth(rows, chunk) @ teeth.mT
+        products[..., reach : reach + own] = _from_tooth(inner.mul_(scaling), chunk)
+    products[..., reach + own :] = 0
+    return products
 
 
-def _by_tooth(x: Tensor, horizon: int) -> Tensor:
-    """[B,J,H/J,Q,X] -> [B,J,Q/G,H/J·G,X]: the rows of each tooth together, for all query heads of a key head."""
-    return x.unflatten(3, (-1, horizon)).transpose(2, 3).flatten(3, 4)
+def _weighted(weights: Tensor, values: Tensor, chunk: Chunk) -> Tensor:
+    """Weights [B·J,X,reach+own,...] times what the rows see of values [B,J,S,E]: [B·J,X,E]."""
+    reach, own, flat = chunk.reach, chunk.own, values.flatten(0, 1)
+    weights = weights.to(values.dtype)
+    out = weights[..., :reach] @ flat[:, :reach]
+    if own:
+        teeth = flat[:, chunk.start : chunk.stop].unflatten(1, (-1, own))
+        out += _from_tooth(_by_tooth(weights[..., reach : reach + own], chunk) @ teeth, chunk)
+    return out
 
 
-def _from_tooth(x: Tensor, heads: int) -> Tensor:
+def _add_transposed(total: Tensor, weights: Tensor, rows: Tensor, chunk: Chunk) -> None:
+    """Add weightsᵀ [B·J,reach+own,X] · rows [B·J,X,E] to what the rows see of total [B,J,S,E]."""
+    reach, own, flat = chunk.reach, chunk.own, total.view(-1, *total.shape[2:])
+    flat[:, :reach].baddbmm_(weights[..., :reach].mT, rows)
+    if own:
+        inner = _by_tooth(weights[..., reach : reach + own], chunk).mT @ _by_tooth(rows, chunk)
+        flat[:, chunk.start : chunk.stop] += inner.flatten(1, 2)
+
+
+def _by_tooth(x: Tensor, chunk: Chunk) -> Tensor:
+    """Rows [B·J, H/J·Q, X] -> [B·J, Q/G, H/J·G, X]: those of each tooth together."""
+    teeth = (chunk.stop - chunk.start) // chunk.own
+    return x.unflatten(1, (-1, teeth, chunk.own)).transpose(1, 2).flatten(2, 3)
+
+
+def _from_tooth(x: Tensor, chunk: Chunk) -> Tensor:
     """The inverse of `_by_tooth`."""
-    return x.unflatten(3, (heads, -1)).transpose(2, 3).flatten(3, 4)
+    return x.unflatten(2, (-1, chunk.own)).transpose(1, 2).flatten(1, 3)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from ebft.attention.chunked import chunk_masks, chunked_pass
+from ebft.attention.chunked import chunked_pass, chunks_of
 from ebft.attention.flex import flex_masks, flex_pass
 from ebft.attention.masks import PerKey
 from ebft.attention.rule import ScoreRule, attend
@@ -61,5 +61,5 @@ def _dense(layout, mask, query, key, value, rule: ScoreRule) -> torch.Tensor:
 
 # name -> (masks of a layout and a window, the pass itself)
 KERNELS: Mapping[str, tuple[Callable, Callable]] = MappingProxyType(
-    {"dense": (_dense_mask, _dense), "chunked": (chunk_masks, chunked_pass), "flex": (flex_masks, flex_pass)}
+    {"dense": (_dense_mask, _dense), "chunked": (chunks_of, chunked_pass), "flex": (flex_masks, flex_pass)}
 )
