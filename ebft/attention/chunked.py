@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebft.attention.rule import ScoreRule
+from ebft.attention.masks import partly_hidden
+from ebft.attention.rule import ScoreRule, cap, scaled_products
 from ebft.layout import NestedPrefixLayout
 
 # Anchors per call: more read trunk that not all of them see, fewer make more and smaller products.
@@ -31,7 +32,7 @@ class Chunk(NamedTuple):
         reach: none of them sees the trunk from this slot on.
         own: G, tokens of the own tooth; 0 for a part of the trunk.
         seen: trunk slots before this one are visible to all Q, so `hidden` need not tell.
-        hidden: [B,1,Q,reach-seen+own] bool: which of the trunk from `seen` on, and of the own tooth, is not visible.
+        hidden: [B,1,1,Q,reach-seen+own] bool: which of the trunk from `seen` on, and of the own tooth, is not visible.
     """
 
     start: int
@@ -61,10 +62,8 @@ def _chunk(layout: NestedPrefixLayout, window: int | None, start: int, stop: int
     if own:
         keys = torch.cat([keys, slots.view(-1, own).repeat_interleave(own, 0)], 1)
     rows = torch.arange(layout.batch, device=slots.device)[:, None, None]
-    hidden = ~layout.visible(slots[:, None], keys, row=rows, window=window)  # [B,Q,reach+own]
-    partly = hidden[..., :reach].flatten(0, 1).any(0).nonzero()
-    seen = int(partly[0]) if len(partly) else reach
-    return Chunk(start, stop, reach, own, seen, hidden[:, None, :, seen:])
+    visible = layout.visible(slots[:, None], keys, row=rows, window=window)
+    return Chunk(start, stop, reach, own, *partly_hidden(visible, columns=reach))
 
 
 def chunked_pass(layout, chunks: list[Chunk], query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
@@ -104,12 +103,11 @@ class _Chunked(torch.autograd.Function):
                 weights, shaping = _weights(rows, key, chunk, rule)
                 _add_transposed(on_value, weights.to(value.dtype), slope, chunk)
                 on_weights = _products(slope, value, chunk, extra=weights.shape[-1], scaling=1.0)
-                on_weights = on_weights.to(weights.dtype)
-                on_scores = on_weights.sub_((on_weights * weights).sum(-1, keepdim=True)).mul_(weights)
+                on_scores = torch._softmax_backward_data(on_weights.to(weights.dtype), weights, -1, weights.dtype)
                 if on_sinks is not None:
-                    on_sinks += on_scores[..., -1].unflatten(0, (-1, heads)).unflatten(2, (-1, chunk.stop - chunk.start)).sum((0, 3)).flatten()
+                    on_sinks += on_scores[..., -1].view(len(query), query.shape[1], -1).sum((0, 2))
                 if shaping is not None:
-                    on_scores[..., : shaping.shape[-1]].mul_(shaping)
+                    on_scores.mul_(shaping)
                 on_scores = on_scores.to(query.dtype)
                 part = _weighted(on_scores, key, chunk).mul_(rule.scaling)
                 on_query[:, :, chunk.start : chunk.stop] = _from_rows(part, shape).transpose(1, 2)
@@ -117,7 +115,7 @@ class _Chunked(torch.autograd.Function):
         return on_query, on_key, on_value, on_sinks, None, None
 
 
-# Rows are the chunk's queries of all query heads of a key head, [B·J, H/J·Q, E]: a broadcast product would copy the keys.
+# Rows are the chunk's queries of all query heads of a key head, [B·J, H/J·Q, E]: a broadcast product would copy keys.
 
 
 def _rows(x: Tensor, chunk: Chunk, heads: int) -> Tensor:
@@ -139,31 +137,25 @@ def _weights(rows: Tensor, key: Tensor, chunk: Chunk, rule: ScoreRule) -> tuple[
     """
     extra = chunk.reach + chunk.own + (rule.sinks is not None)
     scores = _products(rows, key, chunk, extra=extra, scaling=rule.scaling)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = cap(scores, rule)
+    shaping = None if rule.softcap is None else 1 - (scores / rule.softcap) ** 2
     heads, queries = key.shape[1], chunk.stop - chunk.start
-    real = scores[..., : chunk.reach + chunk.own]
-    shaping = None
-    if rule.softcap is not None:
-        real.div_(rule.softcap).tanh_()
-        shaping = 1 - real**2
-        real.mul_(rule.softcap)
-    grouped = scores.view(-1, heads * scores.shape[1] // queries, queries, extra)  # [B,H,Q,...]
+    grouped = scores.view(-1, heads, scores.shape[1] // queries, queries, extra)  # [B,J,H/J,Q,...]
     grouped[..., chunk.seen : chunk.reach + chunk.own].masked_fill_(chunk.hidden, -torch.inf)
     if rule.sinks is not None:
-        grouped[..., -1] = rule.sinks.to(scores.dtype)[:, None]
+        grouped[..., -1] = rule.sinks.to(scores.dtype).view(1, heads, -1, 1)
     return scores.softmax(-1), shaping
 
 
 def _products(rows: Tensor, keys: Tensor, chunk: Chunk, *, extra: int, scaling: float) -> Tensor:
-    """scaling times inner products of rows [B·J,X,E] with what they see of keys [B,J,S,E], in a tensor of width `extra`.
+    """scaling · inner products of rows [B·J,X,E] with what they see of keys [B,J,S,E], in a tensor of width `extra`.
 
     Columns: the trunk before `reach`, the own tooth, zeros.
     """
     reach, own = chunk.reach, chunk.own
     products = rows.new_empty(*rows.shape[:2], extra)
     flat = keys.flatten(0, 1)
-    on_trunk = products[..., :reach]
-    torch.baddbmm(on_trunk, rows, flat[:, :reach].mT, beta=0, alpha=scaling, out=on_trunk)
+    scaled_products(rows, flat[:, :reach], scaling, out=products[..., :reach])
     if own:
         teeth = flat[:, chunk.start : chunk.stop].unflatten(1, (-1, own))  # [B·J,Q/G,G,E]
         inner = _by_tooth(rows, chunk) @ teeth.mT

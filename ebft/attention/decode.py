@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from ebft.attention.masks import PerKey, trunk_mask
-from ebft.attention.rule import attend, shape_scores, softmax
+from ebft.attention.masks import PerKey, partly_hidden, trunk_mask
+from ebft.attention.rule import attend, cap, scaled_products, softmax
 from ebft.layout import NestedPrefixLayout
 
 Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -32,7 +32,7 @@ class Prefill:
         self._masks = PerKey(partial(trunk_mask, self.layout))
 
     def __call__(self, layer, query, key, value, rule):
-        self.kept[layer] = (key, value)
+        self.kept[layer] = (key.contiguous(), value.contiguous())
         return attend(query, key, value, self._masks[rule.window], rule)
 
 
@@ -95,18 +95,24 @@ class Decode:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [R,H,E], [R,J,E]
         own_key, own_value = self._append(layer, key, value)
         query = query.unflatten(1, (key.shape[1], -1))  # [R,J,H/J,E]
-        to_own = shape_scores(query @ own_key.mT, rule).masked_fill(self._masks[rule.window][0], -torch.inf)
-        trunk_key, trunk_value = self._trunk[layer]
+        own_hidden, trunk_hidden = self._masks[rule.window]
+        to_own = (query @ own_key.mT).mul_(rule.scaling)
+        trunk_key, trunk_value = (x.flatten(0, 1) for x in self._trunk[layer])  # [B·J,T,E]
         on_trunk, on_own = [], []
-        for (start, stop, reach), hidden in zip(self._columns, self._masks[rule.window][1], strict=True):
+        for (start, stop, reach), (seen, hidden) in zip(self._columns, trunk_hidden, strict=True):
             teeth = self._grid[:, start:stop]
             grouped = query[teeth].permute(0, 2, 3, 1, 4)  # [B,J,H/J,C,E]
             # the query heads of a key head are folded into its rows: a broadcast product would copy the keys
-            products = grouped.flatten(2, 3) @ trunk_key[:, :, :reach].mT
-            to_trunk = shape_scores(products.view(*grouped.shape[:4], reach), rule).masked_fill_(hidden, -torch.inf)
-            scores = torch.cat([to_trunk, to_own[teeth].permute(0, 2, 3, 1, 4)], -1)
+            rows = grouped.flatten(2, 3).flatten(0, 1)
+            scores = rows.new_empty(*rows.shape[:2], reach + to_own.shape[-1])
+            scaled_products(rows, trunk_key[:, :reach], rule.scaling, out=scores[..., :reach])
+            scores = scores.view(*grouped.shape[:4], -1)
+            scores[..., reach:] = to_own[teeth].permute(0, 2, 3, 1, 4)
+            scores = cap(scores, rule)
+            scores[..., seen:reach].masked_fill_(hidden, -torch.inf)
+            scores[..., reach:].masked_fill_(own_hidden[teeth].permute(0, 2, 3, 1, 4), -torch.inf)
             weights = softmax(scores, rule, dtype=query.dtype)
-            out = (weights[..., :reach].flatten(2, 3) @ trunk_value[:, :, :reach]).view_as(grouped)
+            out = (weights[..., :reach].flatten(2, 3).flatten(0, 1) @ trunk_value[:, :reach]).view_as(grouped)
             on_trunk.append(out.permute(0, 3, 1, 2, 4))  # [B,C,J,H/J,E]
             on_own.append(weights[..., reach:].permute(0, 3, 1, 2, 4))
         weights = torch.cat(on_own, 1).flatten(0, 1)[self._place]
@@ -125,8 +131,8 @@ class Decode:
             buffer[:, :, self._step] = new
         return kept[0][:, :, : self._step + 1], kept[1][:, :, : self._step + 1]
 
-    def _build_masks(self, window: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """What is hidden: [R,1,1,step+1] of the own teeth; of the trunk [B,1,1,C,reach] for every call."""
+    def _build_masks(self, window: int | None) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
+        """What is hidden: own teeth [R,1,1,step+1]; of the trunk, per call, from `seen` on [B,1,1,C,reach-seen]."""
         layout, device = self._layout, self._live.device
         teeth = layout.count * layout.rollouts
         first = layout.length + (self._live % teeth) * layout.horizon
@@ -138,7 +144,7 @@ class Decode:
             query = (first + self._step)[self._grid[:, start:stop], None]
             keys = torch.arange(reach, device=device)
             hidden.append(
-                ~layout.visible(query, keys, row=self._batch_rows[:, None, None], window=window)[:, None, None]
+                partly_hidden(layout.visible(query, keys, row=self._batch_rows[:, None, None], window=window))
             )
         return ~seen[:, None, None], hidden
 

@@ -28,3 +28,19 @@ def trunk_mask(layout: NestedPrefixLayout, window: int | None) -> torch.Tensor |
     slots = torch.arange(layout.length, device=layout.anchors.device)
     rows = torch.arange(layout.batch, device=slots.device)[:, None, None]
     return layout.visible(slots[:, None], slots[None], row=rows, window=window)
+
+
+def partly_hidden(visible: torch.Tensor, *, columns: int | None = None) -> tuple[int, torch.Tensor]:
+    """How many leading keys all queries see, and what is hidden of the others.
+
+    Args:
+        visible: [B,Q,S] bool.
+        columns: only this many keys may be counted; None for all.
+
+    Returns:
+        seen, and hidden [B,1,1,Q,S-seen] bool.
+    """
+    hidden = ~visible
+    partly = hidden[..., :columns].flatten(0, 1).any(0).nonzero()
+    seen = int(partly[0]) if len(partly) else hidden[..., :columns].shape[-1]
+    return seen, hidden[:, None, None, :, seen:]

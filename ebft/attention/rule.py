@@ -43,15 +43,23 @@ def attend(
     if visible is None:
         visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None]
     grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = shape_scores(grouped @ key[:, :, None].mT, rule).masked_fill(~visible[:, None, None], -torch.inf)
+    scores = (grouped @ key[:, :, None].mT).to(torch.promote_types(query.dtype, torch.float32)) * rule.scaling
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     weights = softmax(scores, rule, dtype=query.dtype)
     return (weights @ value[:, :, None]).flatten(1, 2)
 
 
-def shape_scores(products: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
-    """q·k -> attention scores, in at least float32."""
-    scores = products.to(torch.promote_types(products.dtype, torch.float32)) * rule.scaling
-    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
+def scaled_products(rows: torch.Tensor, keys: torch.Tensor, scaling: float, *, out: torch.Tensor) -> None:
+    """Write scaling · rows [X,Q,E] · keysᵀ [X,S,E] into `out` [X,Q,S], which may be a part of something wider."""
+    torch.baddbmm(out, rows, keys.mT, beta=0, alpha=scaling, out=out)
+
+
+def cap(scores: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    """Scores in at least float32, soft-capped where the layer caps; may be computed in place."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if rule.softcap is None else scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
 
 
 def softmax(scores: torch.Tensor, rule: ScoreRule, *, dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ebft.attention.rule import ScoreRule, attend
 from ebft.errors import UsageError
 from ebft.layout import NestedPrefixLayout
 
+
 class Score:
     """Differentiable attention over whole rows ``[trunk | teeth]``.
 
