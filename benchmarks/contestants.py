@@ -15,6 +15,7 @@ from benchmarks import matrix_products, reference_algorithm
 from ebft.errors import UsageError
 from ebft.head import chosen_log_probs
 from ebft.loading import add_adapters, choose_device, choose_precision
+from ebft.memory import keep_freed_memory
 from ebft.policy import CausalPolicy
 from ebft.samplers.anchors import strided
 
@@ -37,6 +38,7 @@ class Choice:
         Raises:
             UsageError: a policy that cannot be loaded, or a configuration that is none.
         """
+        keep_freed_memory()  # as the commands do; all contestants share the process
         if not self.policy.startswith("config:"):
             return CausalPolicy.from_pretrained(
                 self.policy, device=self.device, dtype=self.dtype, lora=self.lora or None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ebft.errors import UsageError
+from ebft.memory import keep_freed_memory
 from ebft.policy import CausalPolicy
 from ebft.samplers import snapshot
 from ebft.samplers.component import Engine
@@ -16,6 +17,7 @@ from ebft.samplers.component import Engine
 
 def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
     """The policy that --policy, --lora, --device, --dtype, --attention and --checkpointing describe."""
+    keep_freed_memory()
     return CausalPolicy.from_pretrained(
         policy_folder(options["policy"]),
         device=options["device"],
