@@ -208,7 +208,7 @@ class _TrainedHead(torch.autograd.Function):
             slope = slope.scatter_add_(-1, tokens[part], gradient[part]).to(weight.dtype)
             on_hidden[part] = slope @ weight
             if weight.dtype == compute:
-                on_weight.addmm_(slope.T, states)
+                torch.addmm(on_weight, slope.T, states, out=on_weight)
             else:
                 on_weight += slope.T @ states
         return on_hidden, on_weight.to(weight.dtype), None, None, None, None
