@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ebft.commands import evaluation as o
-from ebft.commands.options import given_options
+from ebft.commands.derived import with_options_of
+from ebft.commands.evaluate import evaluate as evaluate_command
+from ebft.commands.options import OUTPUT, given_options, option
 
 
+@with_options_of(evaluate_command, without=("policy",))
 def compare(
     context: typer.Context,
     policies: Annotated[
@@ -20,45 +23,7 @@ def compare(
         bool,
         typer.Option("--evaluate", help="Evaluate the policies of runs too, on the same prompts and random numbers."),
     ] = False,
-    features: o.Features = "hidden,sbert",
-    quick: o.Quick = False,
-    data: o.Data = "stdlib",
-    text_field: o.TextField = None,
-    prompt_field: o.PromptField = None,
-    answer_field: o.AnswerField = None,
-    chat: o.Chat = False,
-    length: o.Length = 128,
-    held_out: o.HeldOut = 32,
-    sampler: o.Sampler = "strided",
-    stride: o.Stride = None,
-    first: o.First = None,
-    horizons: o.Horizons = None,
-    rollouts: o.Rollouts = 4,
-    temperature: o.Temperature = 1.0,
-    top_p: o.TopP = 1.0,
-    seed: o.Seed = 0,
-    encoder: o.Encoder = None,
-    context_tokens: o.ContextTokens = None,
-    backbone: o.Backbone = None,
-    unit_norm: o.UnitNorm = None,
-    layers: o.Layers = None,
-    pooling: o.Pooling = None,
-    ngram: o.Ngram = None,
-    dimension: o.Dimension = None,
-    prompts: o.Prompts = 32,
-    answers: o.Answers = 4,
-    answer_temperature: o.AnswerTemperature = 0.6,
-    max_new_tokens: o.MaxNewTokens = 128,
-    k: o.K = None,
-    test_prompt: o.TestPrompt = None,
-    test_timeout: o.TestTimeout = 5.0,
-    bootstrap: o.Bootstrap = 2000,
-    level: o.Level = 0.95,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    attention: o.Attention = None,
-    batch: o.Batch = 4,
-    out: o.Out = None,
+    out: Annotated[Path | None, option(OUTPUT, "Folder for the results (default runs/TIME-compare)")] = None,
 ) -> None:
     """Put runs or policies into one table with plots.
 
@@ -75,5 +40,5 @@ def compare(
     from ebft.assemble import compare_from_options
 
     logging.disable_progress_bar()
-    options, explicit = given_options(context, besides=o.NOT_OPTIONS)
+    options, explicit = given_options(context, besides=("out", "policies"))
     compare_from_options(policies, options, explicit=explicit, out=out, console=Console())

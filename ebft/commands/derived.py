@@ -1,4 +1,4 @@
-"""Commands that take the options of `run` beside their own, and what is known of those: their defaults and types."""
+"""Commands that take the options of another beside their own, and what is known of those of `run`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ NOT_OF_THE_RUN = ("context", "out", "resume", "force", "config", "preset", "help
 
 
 def with_run_options(*, only: Collection[str] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `run` too, which it finds in `context.params`; it takes `context` first.
-
-    Its own options stand where it has one of the same name.
+    """Give a command the options of `run` too; see `with_options_of`.
 
     Args:
         only: which of the options of `run`; all but `out`, `resume` and `force` when left out.
     """
-    more = inspect.signature(run, eval_str=True).parameters
+    return with_options_of(run, only=only, without=("out", "resume", "force"))
+
+
+def with_options_of(
+    other: Callable[..., None], *, only: Collection[str] | None = None, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of another too, which it finds in `context.params`; it takes `context` first.
+
+    Its own options stand where it has one of the same name.
+
+    Args:
+        only, without: which of the options of `other`; all when left out.
+    """
+    more = inspect.signature(other, eval_str=True).parameters
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True).parameters
-        left_out = ("out", "resume", "force", *own)
+        left_out = {*without, *own}
         shared = [p for name, p in more.items() if name not in left_out and (only is None or name in only)]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ebft.commands import evaluation as o
-from ebft.commands.options import MODEL, given_options, option
+from ebft.commands.options import DATA, MODEL, OUTPUT, SAMPLING, given_options, option
+
+FEATURES, ANSWERS, STATISTICS = "Features", "Whole answers (data with prompts and answers)", "Statistics"
 
 
 def evaluate(
@@ -16,45 +18,88 @@ def evaluate(
     policy: Annotated[
         str, option(MODEL, "What to measure: smollm2-135m, a folder, a hub id, or the folder of a run.")
     ] = "smollm2-135m",
-    features: o.Features = "hidden,sbert",
-    quick: o.Quick = False,
-    data: o.Data = "stdlib",
-    text_field: o.TextField = None,
-    prompt_field: o.PromptField = None,
-    answer_field: o.AnswerField = None,
-    chat: o.Chat = False,
-    length: o.Length = 128,
-    held_out: o.HeldOut = 32,
-    sampler: o.Sampler = "strided",
-    stride: o.Stride = None,
-    first: o.First = None,
-    horizons: o.Horizons = None,
-    rollouts: o.Rollouts = 4,
-    temperature: o.Temperature = 1.0,
-    top_p: o.TopP = 1.0,
-    seed: o.Seed = 0,
-    encoder: o.Encoder = None,
-    context_tokens: o.ContextTokens = None,
-    backbone: o.Backbone = None,
-    unit_norm: o.UnitNorm = None,
-    layers: o.Layers = None,
-    pooling: o.Pooling = None,
-    ngram: o.Ngram = None,
-    dimension: o.Dimension = None,
-    prompts: o.Prompts = 32,
-    answers: o.Answers = 4,
-    answer_temperature: o.AnswerTemperature = 0.6,
-    max_new_tokens: o.MaxNewTokens = 128,
-    k: o.K = None,
-    test_prompt: o.TestPrompt = None,
-    test_timeout: o.TestTimeout = 5.0,
-    bootstrap: o.Bootstrap = 2000,
-    level: o.Level = 0.95,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    attention: o.Attention = None,
-    batch: o.Batch = 4,
-    out: o.Out = None,
+    features: Annotated[
+        str, option(FEATURES, "Feature maps to compare rollouts and text under, trained on or not.")
+    ] = "hidden,sbert",
+    quick: Annotated[
+        bool, option(DATA, "A first look: 8 sequences, 8 prompts, rollouts of up to 8 tokens.", "--quick")
+    ] = False,
+    data: Annotated[
+        str,
+        option(
+            DATA,
+            "A name that `data` lists (stdlib, qa-code, humaneval, ...), a text file, a folder, a .jsonl or .tsv file"
+            " or a hub dataset id; of a run's policy by default what the run was trained on. Its held-out part is"
+            " measured.",
+        ),
+    ] = "stdlib",
+    text_field: Annotated[
+        str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
+    ] = None,
+    prompt_field: Annotated[str | None, option(DATA, "Field that holds the prompt (default prompt)")] = None,
+    answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
+    chat: Annotated[bool, option(DATA, "Put prompts into the model's chat template.", "--chat")] = False,
+    length: Annotated[int, option(DATA, "T, tokens of a sequence; for a run's policy, by default the run's.")] = 128,
+    held_out: Annotated[int, option(DATA, "Held-out sequences.")] = 32,
+    sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
+    stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
+    first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
+    horizons: Annotated[
+        str | None,
+        option(
+            SAMPLING,
+            "Tokens of a rollout at which features are compared, one sampling for all (default 1,2,4,... up to 64, or"
+            " to what half of the sequences have room for)",
+        ),
+    ] = None,
+    rollouts: Annotated[int, option(SAMPLING, "N, rollouts from every anchor.")] = 4,
+    temperature: Annotated[float, option(SAMPLING, "Sampling temperature of rollouts.")] = 1.0,
+    top_p: Annotated[float, option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
+    seed: Annotated[int, option(SAMPLING, "Keys every random number.")] = 0,
+    encoder: Annotated[str | None, option(FEATURES, "sbert: sentence encoder, a name, folder or hub id")] = None,
+    context_tokens: Annotated[
+        int | None, option(FEATURES, "sbert: tokens of the prefix embedded with the rollout")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        option(
+            FEATURES,
+            "hidden: start (of a run, what it was trained from; else the policy itself), random, a name or a folder"
+            " (default start)",
+        ),
+    ] = None,
+    unit_norm: Annotated[str | None, option(FEATURES, "hidden: layer, joint or none (default layer)")] = None,
+    layers: Annotated[str | None, option(FEATURES, "hidden: depth fractions, indices, last or mean")] = None,
+    pooling: Annotated[str | None, option(FEATURES, "hidden: last, mean, concat_quantiles, ... (default last)")] = None,
+    ngram: Annotated[int | None, option(FEATURES, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
+    dimension: Annotated[int | None, option(FEATURES, "ngram: buckets of the hash (default 2048)")] = None,
+    prompts: Annotated[int, option(ANSWERS, "Held-out prompts.")] = 32,
+    answers: Annotated[int, option(ANSWERS, "N, answers to each prompt.")] = 4,
+    answer_temperature: Annotated[float, option(ANSWERS, "Sampling temperature of answers; 0 is greedy.")] = 0.6,
+    max_new_tokens: Annotated[int, option(ANSWERS, "Tokens of an answer at most.")] = 128,
+    k: Annotated[str | None, option(ANSWERS, "k of pass@k and best-of-k, at most N (default those of 1,4,16)")] = None,
+    test_prompt: Annotated[
+        bool | None,
+        option(
+            ANSWERS,
+            "Programs are prompt and answer together, or the answer alone (default: together where the prompt and the"
+            " reference are a program)",
+            "--test-prompt/--no-test-prompt",
+        ),
+    ] = None,
+    test_timeout: Annotated[float, option(ANSWERS, "Seconds for the tests of one program.")] = 5.0,
+    bootstrap: Annotated[int, option(STATISTICS, "Resamples of sequences (prompts) behind the intervals.")] = 2000,
+    level: Annotated[float, option(STATISTICS, "Of the bootstrap (BCa) intervals.")] = 0.95,
+    device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
+    ] = "auto",
+    attention: Annotated[
+        str | None,
+        option(MODEL, "Kernel of scoring and embedding: dense, chunked, flex or rows (default: the fastest)"),
+    ] = None,
+    batch: Annotated[int, option(MODEL, "Sequences measured at once; the results do not depend on it.")] = 4,
+    out: Annotated[Path | None, option(OUTPUT, "Folder for the results (default runs/TIME-evaluate)")] = None,
 ) -> None:
     """Measure a policy on held-out data, with bootstrap intervals over sequences.
 
@@ -73,5 +118,5 @@ def evaluate(
     from ebft.assemble import evaluate_from_options
 
     logging.disable_progress_bar()
-    options, explicit = given_options(context, besides=o.NOT_OPTIONS)
+    options, explicit = given_options(context, besides=("out",))
     evaluate_from_options(options, explicit=explicit, out=out, console=Console())

@@ -38,8 +38,8 @@ def evaluation_png(entries: Mapping[str, Sequence[Entry]], *, title: str) -> byt
     figure.suptitle(title, fontsize=11, parse_math=False)
     for number, (heading, what, draw) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
-        for (policy, own), colour in zip(entries.items(), colours(len(entries)), strict=True):
-            draw(axes, own, policy, colour)
+        for index, ((policy, own), colour) in enumerate(zip(entries.items(), colours(len(entries)), strict=True)):
+            draw(axes, own, policy, colour, index)
         axes.set_title(heading, fontsize=9, loc="left", parse_math=False)
         axes.set_xlabel(what, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -55,9 +55,11 @@ def evaluation_png(entries: Mapping[str, Sequence[Entry]], *, title: str) -> byt
 
 
 def _by_horizon(metric: str, of: str) -> Callable:
-    def draw(axes, entries: Sequence[Entry], policy: str, colour: str) -> None:
+    def draw(axes, entries: Sequence[Entry], policy: str, colour: str, index: int) -> None:
         own = _known(entries, metric, of)
-        _with_bars(axes, own, policy, colour)
+        _with_bars(axes, own, policy, colour, aside=1.06**index)
+        if metric == prompts.PASS:
+            axes.set_ylim(bottom=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks([e["at"] for e in own], [str(e["at"]) for e in own])
         axes.minorticks_off()
@@ -65,7 +67,7 @@ def _by_horizon(metric: str, of: str) -> Callable:
     return draw
 
 
-def _entropies(axes, entries: Sequence[Entry], policy: str, colour: str) -> None:
+def _entropies(axes, entries: Sequence[Entry], policy: str, colour: str, index: int) -> None:
     kinds = (
         (names.ENTROPY, names.GENERATED, "on generated text", colour),
         (names.ENTROPY, names.DATA, "on data", "#222222"),
@@ -79,19 +81,20 @@ def _entropies(axes, entries: Sequence[Entry], policy: str, colour: str) -> None
             _with_band(axes, own, label, shade)
 
 
-def _gap(axes, entries: Sequence[Entry], policy: str, colour: str) -> None:
+def _gap(axes, entries: Sequence[Entry], policy: str, colour: str, index: int) -> None:
     axes.axhline(0, color="#222222", linewidth=0.8)
     _with_band(axes, _known(entries, names.GAP, ""), policy, colour)
 
 
-def _with_bars(axes, own: Sequence[Entry], label: str, colour: str) -> None:
+def _with_bars(axes, own: Sequence[Entry], label: str, colour: str, *, aside: float) -> None:
+    """On a logarithmic axis; `aside` is a factor that keeps the bars of policies from hiding each other."""
     values = [e["value"] for e in own]
     reach = None
     if all(e["low"] is not None for e in own):
         reach = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
         reach = [[max(0.0, r) for r in side] for side in reach]
     style = {"marker": "o", "markersize": 3, "linewidth": 1.3, "capsize": 2, "color": colour, "label": label}
-    axes.errorbar([e["at"] for e in own], values, yerr=reach, **style)
+    axes.errorbar([e["at"] * aside for e in own], values, yerr=reach, **style)
 
 
 def _with_band(axes, own: Sequence[Entry], label: str, colour: str) -> None:

@@ -90,6 +90,7 @@ def curves_png(runs: Sequence[Run], *, title: str) -> bytes:
     """A panel for each curve, a colour for each run; dots are steps, squares held-out measurements."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = [name for name in CURVES if any(name in run.curves or name in run.held_out for run in runs)]
     rows = max(1, math.ceil(len(panels) / 3))
@@ -99,12 +100,13 @@ def curves_png(runs: Sequence[Run], *, title: str) -> bytes:
         axes = figure.add_subplot(rows, 3, number + 1)
         for run, label, colour in zip(runs, short_names([r.name for r in runs]), colours(len(runs)), strict=True):
             if curve := run.curves.get(name):
-                axes.plot(curve.steps, curve.raw, "o", markersize=2, markeredgewidth=0, alpha=0.3, color=colour)
+                axes.plot(curve.steps, curve.raw, "o", markersize=3, markeredgewidth=0, alpha=0.4, color=colour)
                 axes.plot(curve.steps, curve.smooth, linewidth=1.5, color=colour, label=label)
             if held := run.held_out.get(name):
                 axes.plot(held.steps, held.raw, "s--", markersize=4, linewidth=0.9, color=colour)
         axes.set_title(name.replace("_", " "), fontsize=9, loc="left")
         axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=8)
