@@ -103,7 +103,7 @@ def run(
         history.write()
 
         def measure_held_out(step: int) -> None:
-            if eval_every and step not in [row["step"] for row in history.held_out]:
+            if eval_every:
                 label = f"held-out at step {step}"
                 now = _measure(policy, pipeline, display, label, stop, reference=reference, **measure)
                 history.append_held_out(_held_out_row(step, before, now))

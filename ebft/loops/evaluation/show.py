@@ -48,7 +48,9 @@ def cell(entry: Entry | None) -> str:
     if entry["low"] is None or entry["high"] is None:
         return aligned(entry["value"], float("nan"))
     half = (entry["high"] - entry["low"]) / 2
-    return f"{aligned(entry['value'], half)} ± {aligned(half, half)}" if half > 0 else aligned(entry["value"], half)
+    if half <= 1e-6 * abs(entry["value"]):  # of rounding alone
+        return number(entry["value"])
+    return f"{aligned(entry['value'], half)} ± {aligned(half, half)}"
 
 
 def title(entry: Entry) -> str:
@@ -73,17 +75,17 @@ def columns_of(entries: Mapping[str, Sequence[Entry]]) -> list[Grid]:
     longest = max(_horizons(first), default=None)
     groups = {
         "": [e for e in first if e["metric"] not in (*_BY_HORIZON, *_ROLLOUTS, *_BY_PLACE)],
-        "Feature-matching loss (tokens of a rollout)": [e for e in first if e["metric"] == names.MATCHING],
+        "Feature-matching loss, by tokens of a rollout": [e for e in first if e["metric"] == names.MATCHING],
         f"Reward of rollouts of {longest} tokens: alignment less similarity": [
             e for e in first if e["metric"] in _REWARD and e["at"] == longest
         ],
         "Rollouts of an anchor, shares (tokens of a rollout)": [e for e in first if e["metric"] in _ROLLOUTS],
-        "Entropy on generated text less that on data, in nats (place)": [
+        "Entropy on generated text less that on data, in nats, by place": [
             e for e in first if e["metric"] == names.GAP and e["at"] in PLACES
         ],
     }
     return [
-        Grid(heading, ["", *own], [[title(e), *(_at(found, e) for found in own.values())] for e in rows])
+        Grid(heading, ["", *own], [[_label(e), *(_at(found, e) for found in own.values())] for e in rows])
         for heading, rows in groups.items()
         if rows
     ]
@@ -136,6 +138,12 @@ def markdown(found: Sequence[Grid]) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in grid.rows]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _label(entry: Entry) -> str:
+    """As `title`, but without the metric where the table's heading says it."""
+    parts = (entry["of"], str(entry["at"])) if entry["metric"] in (names.MATCHING, names.GAP) else (title(entry),)
+    return ", ".join(part for part in parts if part)
 
 
 def _in_full(entry: Entry) -> list[str]:
