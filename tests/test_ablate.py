@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from ebft import cli
 from ebft.assemble import ablate
 from ebft.assemble.ablate import check_cell
-from ebft.assemble.grid import check_cells, folder_name, make_cells, parse_axes
+from ebft.assemble.grid import check_cells, default_name, folder_name, make_cells, parse_axes
 from ebft.commands.derived import parse_option, run_defaults
 from ebft.errors import UsageError
 from ebft.loops.ablation.intervals import jackknife, paired_interval, standard_error, t_interval
@@ -26,6 +27,7 @@ from ebft.loops.ablation.tables import compare, study_markdown
 from tests.runs import go
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "ablation.md"
 
 
 def axes(*texts):
@@ -187,7 +189,8 @@ def test_tables_pair_by_seed_and_refuse_other_yardsticks():
     assert b.change.number == 3
     assert (c.against, c.unlike) == (None, ["features"])
     text = study_markdown(found)
-    assert "no comparison" in text
+    assert "| pg=c | 1 | 1 | 2 | +1 | – |" in text
+    assert "| +0.5 ± 0 (2 seeds) |" in text
     assert "there is no interval over seeds" in text
     assert "under another features" in text
 
@@ -251,12 +254,12 @@ def test_a_study_by_the_command_line(command, tmp_path, options):
 
 def test_a_failure_is_recorded_and_the_others_go_on(command, tmp_path):
     out = tmp_path / "study"
-    result = invoke(command, "--over", "layers=last,99;last;mean", "--features", "hidden", "--steps", "1")
+    result = invoke(command, "--over", "layers=last,99;mean", "--features", "hidden", "--steps", "1")
     assert result.exit_code == 1, result.output
     (failure,) = json.loads((out / "failures.json").read_text()).items()
     assert failure[0] == "layers=last,99, seed 0"
     assert "layers 'last,99'" in failure[1]
-    assert {row["layers"] for row in rows(out)} == {"last", "mean"}
+    assert {row["layers"] for row in rows(out)} == {"mean"}
     assert "1 runs failed" in result.output
     assert "layers=last,99" in (out / "results.md").read_text()
 
@@ -307,14 +310,41 @@ def test_a_study_that_was_killed_goes_on(command, tmp_path):
     assert len(rows(out)) == 2 * 5
 
 
-def test_five_lines_of_python(options, tmp_path):
-    over = {"estimator": ["rloo", "mean"]}
-    given = {name: value for name, value in options.items() if name != "estimator"} | {"steps": 1, "held_out": 2}
-    found = ablate(over, out=tmp_path / "study", seeds=2, **given)
-    assert [line.cell.name for line in compare(found, "cross_entropy")] == ["estimator=rloo", "estimator=mean"]
-    assert [line.change.number for line in compare(found, "cross_entropy")] == [2, 2]
+def test_five_lines_of_python(options, tmp_path, monkeypatch, capsys):
+    """Those of the example, but for the model and the size."""
+    (code,) = re.findall(r"```python\n(from ebft.assemble import ablate\n.*?)```", EXAMPLE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 5
+    tiny = {name: value for name, value in options.items() if name != "estimator"} | {"steps": 1, "held_out": 2}
+
+    def small(over, *, out, seeds, **given):
+        assert seeds == 2
+        return ablate(over, out=tmp_path / out, **{**given, **tiny})
+
+    monkeypatch.setattr("ebft.assemble.ablate", small)
+    exec(code, {})
+    shown = capsys.readouterr().out
+    assert "estimator=rloo" in shown
+    assert "estimator=none" in shown
+
+
+def test_misspelt_options_in_python(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'horizon'"):
-        ablate(over, out=tmp_path / "other", horizn=3)
+        ablate({"estimator": ["rloo"]}, out=tmp_path / "other", horizn=3)
+    with pytest.raises(UsageError, match="--over estimatr: .* did you mean 'estimator'"):
+        ablate({"estimatr": ["rloo"]}, out=tmp_path / "other")
+
+
+def test_the_same_command_finds_its_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [word for word in command if word not in ("--out", str(tmp_path / "study"))]
+    over = ["--features", "ngram", "--steps", "1", "--over"]
+    result = invoke(command, *over, "estimator=rloo")
+    assert result.exit_code == 0, (result.output, result.exception)
+    result = invoke(command, *over, "estimator=rloo,none")  # another value adds to it
+    assert "1 of 2 runs are done already" in result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("ablate-estimator-")
+    assert default_name(["lr"], {"steps": 1}) != default_name(["lr"], {"steps": 2})
 
 
 def test_help_has_the_options_of_run():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import time
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from ebft import cli, schema
-from ebft.assemble import build_pipeline, replay, resolve_run
+from ebft.assemble import build_pipeline, build_reward, build_values, replay, resolve_run
+from ebft.assemble.run import observe_moments
 from ebft.commands.derived import run_defaults
+from ebft.components import choose
 from ebft.errors import UsageError
+from ebft.features.contract import as_module
 from ebft.loops.ablation.replay import correlations, measure, rollout_weights, sequence_gradients, token_agreement
 from ebft.loops.ablation.rollouts import load_rollouts
 from ebft.loops.ablation.sketch import SKETCH, Projection, score_sketches
@@ -20,7 +24,7 @@ from ebft.loops.train import score
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 from tests.runs import go, metrics
-from tests.test_ablate import invoke, rows
+from tests.test_ablate import EXAMPLE, invoke, rows
 
 
 def tiny(folder, text):
@@ -201,7 +205,7 @@ def test_replay_by_the_command_line(saved, tmp_path):
     with open(tmp_path / "replay" / "correlations.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 144
     text = (tmp_path / "replay" / "results.md").read_text()
-    assert "no comparison" in text
+    assert "| – |" in text
     assert "nan" not in text
 
 
@@ -302,3 +306,40 @@ def test_sketching_needs_only_the_anchor(saved, tiny_folder):
     projection = Projection(config["sketch"]["parameters"], dimension=64, seed=4)
     again = score_sketches(policy, td[1:2].clone(), projection)
     torch.testing.assert_close(again, td[SKETCH][1:2].clone(), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_target_tokens_agree_with_nothing():
+    td = batch(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, 2).long(), torch.zeros(1, 1, 2).long())
+    td[schema.TARGET_MASK] = torch.tensor([[[True, False]]])
+    assert token_agreement(td).tolist() == [[[1.0, 1.0]]]
+    td[schema.TARGET_TOKENS] = torch.tensor([[[5, 0]]])
+    assert token_agreement(td).tolist() == [[[0.0, 0.0]]]
+
+
+def test_a_moment_never_whitens_the_rollouts_it_is_of(saved):
+    """Batches 0 and 2 are whitened by the moment of batch 1, and batch 1 by theirs."""
+    td, _ = load_rollouts(saved)
+    options = {**run_defaults(), "features": "ngram", "dimension": 64, "whitening": "population", "rollouts": 3}
+    resolved = resolve_run(options)
+    embed = as_module(choose("features", "ngram").build(None, None, **resolved["features"]).embed, documents=True)
+    parts = [embed(part.clone()) for part in td.split(3)]
+    rewarded = {}
+    for whitened, others in (((0, 2), (1,)), ((1,), (0, 2))):
+        values = build_values(options, resolved)
+        for other in others:
+            observe_moments(values["feature_matching"], parts[other])
+        stage = build_reward(options, resolved, decode=str, values=values)
+        rewarded.update({number: stage(parts[number].clone()) for number in whitened})
+    expected = measure([rewarded[number] for number in range(3)], EBFTLoss()).metrics["reward_spread"].value
+    found = replay(saved, {"whitening": ["population"]}, features="ngram", dimension=64)
+    assert value(found, "whitening=population", "reward_spread") == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_replay_from_python(saved, monkeypatch, tmp_path, capsys):
+    """The lines of the example, on these rollouts."""
+    (code,) = re.findall(r"```python\n(from ebft.assemble import replay\n.*?)```", EXAMPLE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    monkeypatch.setattr("ebft.assemble.replay", lambda rollouts, over, **given: replay(saved, over, **given))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "signal_to_noise" in capsys.readouterr().out

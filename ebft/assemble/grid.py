@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,12 @@ def folder_name(cell: Cell) -> str:
     plain = cell.name.replace(", ", ",")
     safe = re.sub(r"[^\w.,=+-]+", "_", plain)[:120]
     return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:6]}"
+
+
+def default_name(axes: Iterable[str], options: Mapping[str, Any]) -> str:
+    """A folder's name for a study of these axes around these options: the same for the same."""
+    digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"ablate-{'-'.join(axes)}-{digest}"
 
 
 def parse_axes(texts: Iterable[str], *, known: Mapping[str, Any], parse: Parse) -> dict[str, list[Any]]:

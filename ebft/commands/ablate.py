@@ -26,7 +26,14 @@ def ablate(
             " commas are separated by semicolons; `default` is the option's default.",
         ),
     ],
-    out: Annotated[Path, option(STUDY, "Folder of the study; one that is there goes on.")],
+    out: Annotated[
+        Path | None,
+        option(
+            STUDY,
+            "Folder of the study; one that is there goes on (default runs/ablate-<axes>-<hash of the other options>:"
+            " the same command goes on)",
+        ),
+    ] = None,
     seeds: Annotated[int, option(STUDY, "Runs of every cell, with seeds from --seed on.")] = 1,
     one_at_a_time: Annotated[
         bool,
@@ -48,17 +55,19 @@ def ablate(
     (a row for every cell, seed and metric), results.md (means with 95 % intervals over seeds, differences to the first
     cell paired by seed) and a plot for every axis.
 
-    Example: `ablate --over features=hidden,sbert --over estimator=rloo,mean,none --seeds 3 --steps 30 --out study`
+    Example: `ablate --over features=hidden,sbert --over estimator=rloo,mean,none --seeds 3 --steps 30`
     """
     from transformers.utils import logging
 
     from ebft.assemble import ablate_from_options, replay_from_options
-    from ebft.assemble.grid import parse_axes
+    from ebft.assemble.grid import default_name, parse_axes
 
     logging.disable_progress_bar()
     own = ("over", "out", "seeds", "one_at_a_time", "replay")
     options, explicit = given_options(context, besides=(*NOT_OF_THE_RUN, *own))
     axes = parse_axes(over, known=run_defaults(), parse=parse_option)
+    rest = {name: value for name, value in options.items() if name not in axes}
+    out = out or Path("runs") / default_name(axes, {**rest, "replay": None if replay is None else str(replay)})
     if replay is not None:
         if seeds != 1:
             raise UsageError(

@@ -16,7 +16,7 @@ from ebft.files import write_atomically
 from ebft.loops.ablation.intervals import reach
 from ebft.loops.ablation.plots import draw_axes
 from ebft.loops.ablation.results import Cell, Results, write_rows
-from ebft.loops.ablation.tables import markdown_table, with_error
+from ebft.loops.ablation.tables import NO_COMPARISON, markdown_table, with_error
 
 _AT_ONCE = 3  # metrics in one table, so that it fits a terminal of 100 columns
 
@@ -27,7 +27,7 @@ def replay_tables(results: Results) -> list[Table]:
     for begin in range(0, len(metrics), _AT_ONCE):
         some = metrics[begin : begin + _AT_ONCE]
         table = Table(title="On saved rollouts: value ± standard error over sequences", title_justify="left")
-        table.add_column("cell", overflow="fold")
+        table.add_column("cell", overflow="fold", min_width=15)
         for metric in some:
             table.add_column(metric.replace("_", " "), justify="right")
         for cell in results.cells:
@@ -50,8 +50,8 @@ def replay_markdown(results: Results, correlation: Tensor, *, confidence: float 
     numbered = ["", *(str(number) for number in range(1, len(names) + 1))]
     parts = [
         "## Values\n\n± is the standard error over sequences, by the jackknife.\n\n" + markdown_table(header, values),
-        f"## Differences to {names[0]}\n\nPaired by sequence; ± is the {confidence:.0%} t-interval. A metric in another"
-        " unit or of another feature map is no comparison.\n\n" + markdown_table(header, changes),
+        f"## Differences to {names[0]}\n\nPaired by sequence; ± is the {confidence:.0%} t-interval. {NO_COMPARISON}:"
+        " another unit or feature map, no comparison.\n\n" + markdown_table(header, changes),
         "## Correlation of the advantages\n\n"
         + markdown_table(numbered, [[f"{n} {row[0]}", *row[1:]] for n, row in enumerate(matrix, start=1)]),
     ]
@@ -124,8 +124,8 @@ def _difference(results: Results, cell: Cell, metric: str, *, confidence: float)
     if row is None or row["difference"] is None:
         return ""
     if results.unlike(metric, results.cells[0], cell):
-        return "no comparison"
-    return with_error(row["difference"], reach(row["sequences"] - 1, confidence) * row["difference_error"])
+        return NO_COMPARISON
+    return with_error(row["difference"], reach(row["sequences"] - 1, confidence) * row["difference_error"], sign=True)
 
 
 def _point(results: Results, cell: Cell, metric: str) -> tuple[float, float, Sequence[float]] | None:

@@ -13,6 +13,9 @@ from ebft.loops.ablation.intervals import Interval, paired_interval, t_interval
 from ebft.loops.ablation.results import Cell, Results
 from ebft.loops.report_verdict import aligned
 
+NO_COMPARISON = "–"
+HEADER = ("cell", "seeds", "before", "after", "change", "vs. first")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -53,7 +56,7 @@ def compare(results: Results, metric: str, *, confidence: float = 0.95) -> list[
 def study_table(results: Results, metric: str, *, confidence: float = 0.95) -> Table:
     """`compare` as a table for the terminal."""
     table = Table(title=metric.replace("_", " "), title_justify="left", caption_justify="left")
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", overflow="fold", min_width=15)
     for name in HEADER[1:]:
         table.add_column(name, justify="right")
     lines = compare(results, metric, confidence=confidence)
@@ -61,9 +64,6 @@ def study_table(results: Results, metric: str, *, confidence: float = 0.95) -> T
         table.add_row(*_cells(line))
     table.caption = " ".join(remarks(results, metric, lines, confidence=confidence))
     return table
-
-
-HEADER = ("cell", "seeds", "before", "after", "change", "change less that of the first cell")
 
 
 def study_markdown(results: Results, *, confidence: float = 0.95) -> str:
@@ -88,7 +88,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def remarks(results: Results, metric: str, lines: Sequence[Line], *, confidence: float = 0.95) -> list[str]:
     """What has to be said with the numbers."""
     counts = {line.change.number for line in lines}
-    found = []
+    found = ["vs. first: the change less that of the first cell, paired by seed."] if len(lines) > 1 else []
     if counts - {1}:
         found.append(
             f"± is the {confidence:.0%} t-interval over seeds, which share the held-out text: it says nothing of other"
@@ -99,27 +99,27 @@ def remarks(results: Results, metric: str, lines: Sequence[Line], *, confidence:
     unlike = dict.fromkeys(name for line in lines for name in line.unlike)
     if unlike:
         found.append(
-            f"{metric.replace('_', ' ')} means something else under another {', '.join(unlike)}: such cells are not"
-            " compared."
+            f"{NO_COMPARISON}: {metric.replace('_', ' ')} means something else under another {', '.join(unlike)}."
         )
     return found
 
 
-def with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float, *, sign: bool = False) -> str:
     """`0.123 ± 0.045`, digits down to the second of the error; the value alone where there is none."""
-    return f"{aligned(value, error)} ± {aligned(error, error)}" if math.isfinite(error) else aligned(value, error)
+    text = ("+" if sign and value > 0 else "") + aligned(value, error)
+    return f"{text} ± {aligned(error, error)}" if math.isfinite(error) else text
 
 
 def _cells(line: Line) -> list[str]:
-    against = "" if line.against is None else with_error(line.against.mean, line.against.half_width)
+    against = "" if line.against is None else with_error(line.against.mean, line.against.half_width, sign=True)
     if line.unlike:
-        against = "no comparison"
+        against = NO_COMPARISON
     elif line.against is not None and line.against.number == 0:
         against = "no shared seed"
     elif line.against is not None and line.against.number != line.change.number:
         against += f" ({line.against.number} seeds)"
     numbers = (aligned(line.before, line.change.half_width), aligned(line.after, line.change.half_width))
-    change = with_error(line.change.mean, line.change.half_width)
+    change = with_error(line.change.mean, line.change.half_width, sign=True)
     return [line.cell.name, str(line.change.number), *numbers, change, against]
 
 
