@@ -74,10 +74,10 @@ def _png(
         axes.set_title(title, fontsize=10, loc="left", parse_math=False)
         axes.set_xticks(range(len(places)), places, fontsize=8, parse_math=False)
         axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.set_xlabel(axis, fontsize=8, parse_math=False)
         axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    figure.supxlabel(axis, fontsize=10)
     figure.supylabel(ylabel, fontsize=9)
     if len(lines) > 1:
         handles, labels = figure.axes[0].get_legend_handles_labels()
