@@ -330,7 +330,7 @@ def test_five_lines_of_python(options, tmp_path, monkeypatch, capsys):
 def test_misspelt_options_in_python(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'horizon'"):
         ablate({"estimator": ["rloo"]}, out=tmp_path / "other", horizn=3)
-    with pytest.raises(UsageError, match="--over estimatr: .* did you mean 'estimator'"):
+    with pytest.raises(UsageError, match=r"--over estimatr: .*did you mean 'estimator'"):
         ablate({"estimatr": ["rloo"]}, out=tmp_path / "other")
 
 

@@ -14,6 +14,7 @@ from ebft.loops.ablation.results import Cell, Results, axis_values
 Values = Callable[[Cell, str], tuple[float, float, Sequence[float]] | None]
 
 _COLOURS = ("#2a5db0", "#c2571a", "#2f7d4f", "#8a3fa0", "#9c8413", "#3a8fa8", "#b0325e", "#5f5f5f")
+_LINES = ("s-", "o--", "^:")  # marker and dashes, another one when the colours are used up
 
 
 def draw_axes(results: Results, values: Values, out: Path, *, metrics: Sequence[str], ylabel: str) -> list[Path]:
@@ -66,7 +67,8 @@ def _png(
                 [x for x, *_ in known],
                 [mean for _, mean, _, _ in known],
                 yerr=[half if math.isfinite(half) else 0.0 for _, _, half, _ in known],
-                fmt="s-", markersize=4, linewidth=1, capsize=3, color=colour, label=name,
+                fmt=_LINES[line // len(_COLOURS) % len(_LINES)],
+                markersize=4, linewidth=1, capsize=3, color=colour, label=name,
             )  # fmt: skip
         title = metric.replace("_", " ")
         if axis in results.yardsticks.get(metric, ()):
