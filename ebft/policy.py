@@ -8,7 +8,7 @@ log-probabilities of the scorer must be those of the sampler.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from ebft import attention
 from ebft.architectures import comb_differs, position_limit, refuse_unknown_head, why_not_a_comb
-from ebft.draw import check_sampling, draw, is_truncated, keyed_uniform
+from ebft.draw import check_sampling, draw, is_truncated, keyed_uniform, sampling_log_probs
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
 from ebft.head import Compare, chosen_log_probs, compared
@@ -257,6 +257,7 @@ class CausalPolicy:
         min_p: float | None = None,
         eos: int | None = None,
         document_ids: torch.Tensor | None = None,
+        first: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw N rollouts of G tokens from every nested prefix, sharing the prefixes.
 
@@ -272,6 +273,9 @@ class CausalPolicy:
             temperature, top_p, top_k, min_p: see `ebft.draw.sampling_log_probs`; temperature 0 is greedy.
             eos: token that ends a rollout; it counts, what follows is masked. None: rollouts never end early.
             document_ids: [B,T] int64; contexts stay inside their document.
+            first: chooses the first tokens of an anchor's rollouts together, from log-probs [R,V] and uniform numbers
+                [R,N] to tokens [R,N] (`ebft.samplers.first_tokens`); None draws them independently. `log_prob` is the
+                policy's in any case.
 
         Returns:
             tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from), mask
@@ -307,7 +311,8 @@ class CausalPolicy:
             states, shared = states[rows, layout.anchors[rows, columns] - 1], rollouts
             for step in range(horizon):
                 uniform = keyed_uniform(seed, sequence_ids, layout.anchors, rollouts=rollouts, step=step)
-                token, chosen = self._draw(states, uniform.flatten()[live].view(-1, shared), settings)
+                numbers = uniform.flatten()[live].view(-1, shared)
+                token, chosen = self._draw(states, numbers, settings, None if step else first)
                 token, chosen = token.flatten(), chosen.flatten()
                 for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
                     whole.view(-1, horizon)[live, step] = new
@@ -323,10 +328,24 @@ class CausalPolicy:
                 shared = 1
         return drawn, log_prob, alive
 
-    def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(
+        self,
+        hidden: torch.Tensor,
+        uniform: torch.Tensor,
+        settings: dict,
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden rows [R,H] and Q uniform numbers for each [R,Q] -> tokens and their log-probs [R,Q]."""
+
+        def tokens_of(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if choose is None:
+                return draw(self.logits(rows), numbers, **settings)
+            log_probs = sampling_log_probs(self.logits(rows), **settings)
+            tokens = choose(log_probs, numbers)
+            return tokens, log_probs.gather(-1, tokens)
+
         parts = zip(hidden.split(self.head_rows), uniform.split(self.head_rows), strict=True)
-        drawn = [draw(self.logits(rows), numbers, **settings) for rows, numbers in parts]
+        drawn = [tokens_of(rows, numbers) for rows, numbers in parts]
         return torch.cat([tokens for tokens, _ in drawn]), torch.cat([log_probs for _, log_probs in drawn])
 
     # ---- scoring

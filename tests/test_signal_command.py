@@ -22,7 +22,7 @@ def signal(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
         }  # fmt: skip
         argv = ["ebft", "signal"]
         for name, value in options.items():
-            argv += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+            argv += [] if value is None else [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
         for config in configs:
             argv += ["--config", config]
         monkeypatch.setattr(sys, "argv", argv)
@@ -34,6 +34,31 @@ def signal(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def test_every_lever_is_measured(signal, tmp_path):
+    per_token = "pooling=none credit=reward_to_go"
+    configs = [
+        "a: features=match",
+        f"b: features=match match=position {per_token} horizons=geometric:0.5 token_baseline=ridge trace=0.9",
+        "c: first_token=branches strata=3 diversity=0",
+        f"d: features=hidden {per_token} first_token=distinct strata=2 rollouts=4",
+        "e: estimator=rloo_tuned objective=kernel_score kernel=energy temperature=0.8",
+    ]
+    code, _, err = signal(*configs, batches=3)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out/signal.json").read_text())["rows"]
+    assert all(rows[name]["square"]["value"] > 0 for name in "abcde")
+
+
+def test_allocation(signal, tmp_path):
+    code, out, err = signal("one: diversity=0 rollouts=6", batches=4, allocate=True)
+    assert code == 0, err
+    assert "| rollouts | stride | gain |" in out
+    result = json.loads((tmp_path / "out/signal.json").read_text())["allocation"]
+    assert result["measured"] == {"rollouts": 6, "stride": 9}
+    assert result["cost"]["sequences"] > 0
+    assert (tmp_path / "out/allocation.md").read_text().startswith("| source |")
 
 
 CONFIGS = ("one: diversity=0", "features=hidden whitening=population calibration=1", "four: rollouts=4 stride=12")
@@ -72,6 +97,19 @@ def test_refuses_another_measurement_in_its_folder(signal):
     ("configs", "changes", "message"),
     [
         (["rolouts=3"], {}, "did you mean 'rollouts'?"),
+        (["first_token=branches"], {}, "strata=None: give both"),
+        (["first_token=branches strata=2"], {}, "expected a multiple of 2"),
+        (["first_token=branches strata=2 rollouts=2"], {}, "the diversity term wants 2 rollouts in a stratum"),
+        (["first_token=top strata=3 diversity=0"], {}, "expected one of branches, distinct"),
+        (
+            ["first_token=branches strata=3 diversity=0 estimator=none"],
+            {},
+            "leave out estimator",
+        ),
+        (["first_token=branches strata=3 diversity=0 normalize_advantage=true"], {}, "normalize_advantage=True"),
+        (["x: diversity=0", "y: diversity=1"], {"allocate": True}, "--allocate with 2 configurations"),
+        (["x: rollouts=4"], {"allocate": True}, "even number of 6 or more"),
+        (["x: rollouts=8"], {"allocate": True, "replicates": 1}, "--replicates 1"),
         (["lr=0.1"], {}, "'lr=0.1'"),
         (["rollouts=many"], {}, "rollouts=many: expected a value of type int"),
         (["drop_zero_spread=yes"], {}, "expected true or false"),

@@ -13,6 +13,9 @@ from ebft.errors import UsageError
 
 GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
 
+PER_TOKEN = ("hidden", "match")  # features that can be had of every token
+OF_TOKENS = ("horizons", "token_baseline", "trace")  # options of rewards of tokens
+
 # The smallest value of each numeric option; all must be finite.
 _AT_LEAST = {
     **dict.fromkeys(
@@ -68,8 +71,21 @@ def check_options(options: Mapping[str, Any]) -> None:
     per_token = options["pooling"] == "none"
     if per_token and options["credit"] is None:
         raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")
-    if options["credit"] is not None and not (per_token and options["features"] == "hidden"):
-        raise UsageError(f"--credit {options['credit']} wants features per token: add --features hidden --pooling none")
+    if options["credit"] is not None and not (per_token and options["features"] in PER_TOKEN):
+        raise UsageError(
+            f"--credit {options['credit']} wants features per token: add --features {' or '.join(PER_TOKEN)}, and"
+            " --pooling none"
+        )
+    if options["token_baseline"] == "ridge" and options["batch"] < 2:
+        raise UsageError(
+            f"--batch {options['batch']}: --token-baseline ridge is fitted on the other sequences of a batch; give 2"
+        )
+    if options["credit"] is None:
+        for name in OF_TOKENS:
+            if options[name] is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {options[name]} is of rewards of tokens: add --credit reward_to_go"
+                )
     if rollouts == 1 and options["whitening"] in ("group", "sample"):
         raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
 

@@ -7,20 +7,26 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from ebft.assemble.checks import OF_TOKENS
 from ebft.components import GROUPS, OPTION_NAMES
 from ebft.components.component import nearest
+from ebft.components.objectives import MATCHING
 from ebft.errors import UsageError
+from ebft.samplers.first_tokens import first_tokens
 
-OF_SAMPLING = ("sampler", "stride", "first", "horizon", "rollouts", "temperature", "top_p")
+OF_SAMPLING = ("sampler", "stride", "first", "horizon", "rollouts", "temperature", "top_p", "first_token", "strata")
+# What `run` does not have: its held-out measurement is of rollouts drawn independently.
+OF_STRATA = {"first_token": str | None, "strata": int | None}
 OF_MATCHING = ("features", "whitening", "objective", "diversity", "estimator", "credit")
 OF_SHAPING = ("drop_zero_spread", "normalize_advantage", "clip_advantage")
-_SETTABLE = tuple(dict.fromkeys((*OF_SAMPLING, *OF_MATCHING, *OF_SHAPING, *OPTION_NAMES)))
+_SETTABLE = tuple(dict.fromkeys((*OF_SAMPLING, *OF_MATCHING, *OF_TOKENS, *OF_SHAPING, *OPTION_NAMES)))
 
 
 def settable(hints: Mapping[str, Any]) -> dict[str, Any]:
     """Option -> type, for the options that a configuration may set, from the type hints of `run`."""
     not_measured = set(OPTION_NAMES) - {o for g in GROUPS if g != "pg" for e in GROUPS[g].values() for o in e.options}
-    return {name: hints[name] for name in _SETTABLE if name not in not_measured}
+    known = {**hints, **OF_STRATA}
+    return {name: known[name] for name in _SETTABLE if name not in not_measured}
 
 
 def parse_configuration(text: str, *, base: Mapping[str, Any], hints: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -37,7 +43,14 @@ def parse_configuration(text: str, *, base: Mapping[str, Any], hints: Mapping[st
     name, colon, rest = text.partition(": ")
     settings = rest if colon else text
     name = (name if colon else text).strip()
-    return name or "defaults", {**base, **parse_settings(settings, hints=hints)}
+    own = parse_settings(settings, hints=hints)
+    options = {**dict.fromkeys(OF_STRATA), **base, **own}
+    check_strata(options)
+    if options["first_token"] is not None:
+        if "estimator" in own:
+            raise UsageError(f"{settings!r}: strata have an estimator of their own; leave out estimator")
+        options["estimator"] = "none"  # nobody else's baseline
+    return name or "defaults", options
 
 
 def parse_settings(text: str, *, hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +67,37 @@ def parse_settings(text: str, *, hints: Mapping[str, Any]) -> dict[str, Any]:
             )
         found[key] = _parse(key, value, allowed[key])
     return found
+
+
+def check_strata(options: Mapping[str, Any]) -> None:
+    """Check what goes with chosen first tokens.
+
+    Raises:
+        UsageError: an option without its partner, or one that the estimator of strata does not have.
+    """
+    kind, strata = options["first_token"], options["strata"]
+    if kind is None and strata is None:
+        return
+    if kind is None or strata is None:
+        raise UsageError(f"first_token={kind} strata={strata}: give both, or neither")
+    first_tokens(kind, strata=strata)
+    if options["rollouts"] % strata:
+        raise UsageError(f"rollouts={options['rollouts']} strata={strata}: expected a multiple of {strata} rollouts")
+    if options["diversity"] > 0 and options["rollouts"] < 2 * strata:
+        raise UsageError(
+            f"rollouts={options['rollouts']} strata={strata}: the diversity term wants 2 rollouts in a stratum; give"
+            f" {2 * strata}, or diversity=0"
+        )
+    allowed = {"top_p": (1.0,), "sampler": ("strided", "random"), "objective": MATCHING}
+    for name, values in allowed.items():
+        if options[name] not in values:
+            expected = " or ".join(map(str, values))
+            raise UsageError(f"first_token={kind} with {name}={options[name]}: expected {expected}")
+    for name in (*OF_SHAPING, "token_baseline", "trace"):
+        if options[name] not in (None, False):
+            raise UsageError(f"first_token={kind} with {name}={options[name]}: strata have an estimator of their own")
+    if options["credit"] not in (None, "reward_to_go"):
+        raise UsageError(f"first_token={kind} with credit={options['credit']}: expected reward_to_go")
 
 
 def _parse(option: str, value: str, hint: Any) -> Any:

@@ -46,9 +46,14 @@ def build_pipeline(
 
 
 def build_sampler(
-    policy: CausalPolicy, options: Mapping[str, Any], resolved: Mapping[str, Mapping], *, answers: bool = False
+    policy: CausalPolicy,
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    *,
+    answers: bool = False,
+    **drawing: Any,
 ) -> TensorDictModule:
-    """The stage that places anchors and draws rollouts."""
+    """The stage that places anchors and draws rollouts; `drawing` is passed on to the engine."""
     build = choose("sampler", options["sampler"]).build
     place, engine = build(policy, horizon=options["horizon"], **resolved["sampler"])
     return sampler(
@@ -60,4 +65,5 @@ def build_sampler(
         temperature=options["temperature"],
         top_p=options["top_p"],
         eos=policy.tokenizer.eos_token_id,
+        **drawing,
     )

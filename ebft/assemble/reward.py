@@ -105,6 +105,9 @@ def _matching(values: Values, options: Mapping[str, Any], **shape: Any) -> Stage
     return objective(
         values,
         credit=options["credit"],
+        horizons=options["horizons"] or "uniform",
+        token_baseline=options["token_baseline"] or "none",
+        trace=1.0 if options["trace"] is None else options["trace"],
         estimator=options["estimator"],
         diversity=options["diversity"],
         **shape,

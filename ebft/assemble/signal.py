@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,20 @@ from ebft.errors import UsageError
 from ebft.features.contract import as_module
 from ebft.features.hidden import layer_numbers
 from ebft.features.whitening import PopulationWhitening
+from ebft.files import write_atomically, write_json
 from ebft.loops.calibrate import calibrate
+from ebft.loops.signal.components import allocation, allocation_markdown, halves
 from ebft.loops.signal.measure import chosen_parameters
 from ebft.loops.signal.plan import CROSS_ENTROPY, Configuration, Embedding, Plan, Sampling
 from ebft.loops.signal.run import run_signal
+from ebft.loops.train import Stage
+from ebft.objectives.scores import Values
+from ebft.objectives.stratified import stratified_objective
 from ebft.policy import CausalPolicy
+from ebft.samplers.first_tokens import first_tokens
 
 # The paper's recipe, and one change at a time.
-PAPER = "features=hidden whitening=group alignment=cosine"
+PAPER = "features=hidden whitening=group alignment=cosine estimator=rloo"
 DEFAULTS = (
     f"paper: {PAPER}",
     "dot: features=hidden",
@@ -73,6 +80,8 @@ def signal_from_options(
     if reference not in names:
         raise UsageError(f"--reference {reference!r}: expected the name of a configuration, one of {', '.join(names)}")
     resolved = [_resolve(name, settings) for name, settings in configurations]
+    if options["allocate"]:
+        _check_allocation(configurations[0][1])
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-signal"
 
     data = read_data(base)
@@ -87,11 +96,15 @@ def signal_from_options(
         highlight=False,
     )
     plan = build_plan(policy, configurations, resolved, rows, options, answers=data.answers, console=console)
+    rollouts = configurations[0][1]["rollouts"]
+    if options["allocate"]:
+        plan = replace(plan, configurations=halves(plan.configurations[0], rollouts=rollouts))
+        reference = plan.configurations[0].name
     identity = {
         "configurations": dict(configurations),
         **{name: value for name, value in options.items() if name not in _NOT_OF_GRADIENTS},
     }
-    result, _ = run_signal(
+    result, gram = run_signal(
         policy,
         plan,
         rows,
@@ -107,6 +120,14 @@ def signal_from_options(
         made_with={"versions": versions(), "machine": machine(policy.device)},
         console=console,
     )
+    if options["allocate"]:
+        costs = [row["token_forwards"] for row in result["rows"].values()][:4]
+        stride = resolved[0]["sampler"]["stride"]
+        result |= {"allocation": allocation(gram[:4, :, :, :4], costs, rollouts=rollouts, stride=stride)}
+        write_json(out / "signal.json", result)
+        text = allocation_markdown(result["allocation"])
+        write_atomically(out / "allocation.md", text.encode())
+        console.print(text, highlight=False)
     return result
 
 
@@ -132,7 +153,10 @@ def build_plan(
         drawing = _key(settings, OF_SAMPLING)
         if drawing not in samplings:
             scoring = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
-            samplings[drawing] = Sampling(build_sampler(policy, settings, parts, answers=answers), scoring)
+            kind, strata = settings["first_token"], settings["strata"]
+            chosen = {} if kind is None else {"first": first_tokens(kind, strata=strata)}
+            stage = build_sampler(policy, settings, parts, answers=answers, **chosen)
+            samplings[drawing] = Sampling(stage, scoring)
         features = f"{settings['features']} {dict(parts['features'])}"
         if features not in embeddings:
             stage = as_module(build_features(policy, reference, settings, parts).embed, documents=True)
@@ -150,9 +174,24 @@ def build_plan(
                     batch_size=options["batch"],
                     seed=options["seed"],
                 )
-        reward = build_reward(settings, parts, decode=decoder(policy.tokenizer), values=values)
+        reward = _reward(policy, settings, parts, values)
         built.append(Configuration(name, drawing, features, reward))
     return Plan(samplings, embeddings, built)
+
+
+def _reward(
+    policy: CausalPolicy, settings: Mapping[str, Any], parts: Mapping[str, Mapping], values: Mapping[str, Values]
+) -> Stage:
+    """The stage that rewards rollouts, of independent ones or of strata."""
+    if settings["first_token"] is None:
+        return build_reward(settings, parts, decode=decoder(policy.tokenizer), values=values)
+    return stratified_objective(
+        values[settings["objective"]],
+        kind=settings["first_token"],
+        strata=settings["strata"],
+        diversity=settings["diversity"],
+        horizons=None if settings["credit"] is None else settings["horizons"] or "uniform",
+    )
 
 
 def _share(policy: CausalPolicy, settings: Mapping[str, Any], parts: Mapping[str, Mapping]) -> float:
@@ -175,6 +214,24 @@ def _resolve(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 
 def _check(options: Mapping[str, Any]) -> None:
+    if options["allocate"]:
+        if len(options["config"] or ()) != 1:
+            raise UsageError(f"--allocate with {len(options['config'] or ())} configurations: give one with --config")
+        if options["replicates"] < 2:
+            raise UsageError(
+                f"--allocate with --replicates {options['replicates']}: it wants rollouts drawn anew; give 2"
+            )
     for name, least in {"batches": 3, "replicates": 1, "batch": 1}.items():
         if options[name] < least:
             raise UsageError(f"--{name} {options[name]}: expected a number >= {least}")
+
+
+def _check_allocation(settings: Mapping[str, Any]) -> None:
+    """Check that half of the rollouts are a configuration too."""
+    if settings["rollouts"] % 2 or settings["rollouts"] < 6:
+        raise UsageError(
+            f"--allocate with rollouts={settings['rollouts']}: it compares all rollouts with half of them; give an even"
+            " number of 6 or more (--set rollouts=8)"
+        )
+    if settings["first_token"] is not None or settings["sampler"] not in ("strided", "random"):
+        raise UsageError("--allocate is for rollouts drawn independently from strided or random anchors")

@@ -90,12 +90,15 @@ def run(
         str | None,
         option(
             MATCHING,
-            "hidden: last, mean (of the rollout), mean_with_context, concat_quantiles, concat_all, or none for"
-            " --credit (default last)",
+            "hidden: last, mean (of the rollout), mean_with_context, concat_quantiles, concat_all; match: sum; either:"
+            " none, for --credit (default last, sum)",
         ),
     ] = None,
+    match: Annotated[
+        str | None, option(MATCHING, "match: prefix (common beginning) or position (equal tokens) (default prefix)")
+    ] = None,
     ngram: Annotated[int | None, option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
-    dimension: Annotated[int | None, option(MATCHING, "ngram: buckets of the hash (default 2048)")] = None,
+    dimension: Annotated[int | None, option(MATCHING, "ngram, match: buckets of the hash (default 2048)")] = None,
     whitening: Annotated[str, option(MATCHING, "Of features, before they are compared.")] = "none",
     calibration: Annotated[
         int | None, option(MATCHING, "population: batches that its moment is taken from (default 2)")
@@ -165,6 +168,17 @@ def run(
     credit: Annotated[
         str | None,
         option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
+    ] = None,
+    horizons: Annotated[
+        str | None,
+        option(MATCHING, "--credit: weights of the horizons: uniform, last or geometric:RATIO (default uniform)"),
+    ] = None,
+    token_baseline: Annotated[
+        str | None,
+        option(MATCHING, "--credit: baseline of single tokens: none, or ridge, from other sequences (default none)"),
+    ] = None,
+    trace: Annotated[
+        float | None, option(MATCHING, "--credit: λ of generalised advantages, 0 to 1; below 1 biased (default 1)")
     ] = None,
     drop_zero_spread: Annotated[
         bool, option(MATCHING, "Leave out anchors whose rollouts all have one reward.", "--drop-zero-spread")

@@ -39,6 +39,14 @@ def signal(
     replicates: Annotated[
         int, option(WHAT, "R, times that the rollouts of a batch are drawn: 2 or more tell their noise apart.")
     ] = 2,
+    allocate: Annotated[
+        bool,
+        option(
+            WHAT,
+            "For one --config: how much noise sequences, anchors and rollouts bring, and how many pay best",
+            "--allocate",
+        ),
+    ] = False,
     policy: Annotated[str, option(MODEL, "Model: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
     lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 8,
     device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",

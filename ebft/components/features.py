@@ -78,6 +78,12 @@ def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimensi
     return NotedMap(make(ngram, dimension=dimension), f"{ngram}-grams of tokens, without their prefix")
 
 
+def _match(policy: CausalPolicy, reference: CausalPolicy, *, match: str, dimension: int, pooling: str) -> NotedMap:
+    from ebft.features.match import match as make
+
+    return NotedMap(make(match, dimension=dimension, pooling=pooling), f"tokens of each rollout, by {match}")
+
+
 def parse_layers(text: str) -> list[int | float] | str:
     """`0.25,0.5,0.75` (depth fractions), `4,8` (indices), `last` or `mean`."""
     if text in ("last", "mean"):
@@ -98,6 +104,11 @@ FEATURES = {
         "hidden states of the frozen start of the policy (the paper's)",
         {"backbone": "start", "layers": "0.25,0.5,0.75", "unit_norm": "layer", "pooling": "last"},
         _hidden,
+    ),
+    "match": Component(
+        "tokens at their places: share of a common prefix (strictly proper), or of equal positions",
+        {"match": "prefix", "dimension": 2048, "pooling": "sum"},
+        _match,
     ),
     "ngram": Component("hashed counts of token n-grams of the rollout", {"ngram": 2, "dimension": 2048}, _ngram),
 }

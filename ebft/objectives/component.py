@@ -7,9 +7,19 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from ebft import schema
+from ebft.errors import UsageError
 from ebft.objectives import shaping
 from ebft.objectives.baselines import rounding, zero_spread
-from ebft.objectives.scores import Scores, Values, check_credit, hold_last, rollout_scores, token_scores
+from ebft.objectives.horizons import horizon_weights
+from ebft.objectives.scores import (
+    Scores,
+    Values,
+    check_credit,
+    check_token_baseline,
+    hold_last,
+    rollout_scores,
+    token_scores,
+)
 
 METRICS = (
     *("alignment", "similarity", "feature_matching_proxy"),
@@ -23,6 +33,9 @@ def objective(
     estimator: str = "rloo",
     diversity: float = 1.0,
     credit: str | None = None,
+    horizons: str = "uniform",
+    token_baseline: str = "none",
+    trace: float = 1.0,
     drop_zero_spread: bool = False,
     normalize_advantage: bool = False,
     clip_advantage: float | None = None,
@@ -42,10 +55,18 @@ def objective(
         values: `kernels.kernel_values` or `moments.moment_values` with their options bound, or a function like them.
         estimator, diversity: of `baselines.advantage`.
         credit: None, or how tokens are credited: "reward_to_go", "total" or "own" of ``scores``.
+        horizons, token_baseline, trace: with `credit`, of ``scores.token_scores``.
         drop_zero_spread, normalize_advantage, clip_advantage: of ``shaping.shape``. Each is biased.
     """
     if credit is not None:
         check_credit(credit)
+        check_token_baseline(token_baseline, trace=trace, credit=credit)
+        horizon_weights(horizons, 1)
+    elif (horizons, token_baseline, trace) != ("uniform", "none", 1):
+        raise UsageError(
+            f"horizons={horizons!r}, token_baseline={token_baseline!r}, trace={trace!r} are of rewards of tokens: they"
+            " want credit='reward_to_go'"
+        )
     if clip_advantage is not None:
         shaping.check_limit(clip_advantage)
 
@@ -63,6 +84,10 @@ def objective(
                 estimator=estimator,
                 diversity=diversity,
                 credit=credit,
+                horizons=horizons,
+                token_baseline=token_baseline,
+                trace=trace,
+                tokens=rollout_mask,
             )
             real = anchor_mask[..., None, None] & rollout_mask
         spread, same = _spread(scores)

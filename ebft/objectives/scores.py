@@ -11,6 +11,9 @@ which depends on the first g tokens of rollout j only. A token can therefore not
 giving it the sum of those from its own position on ("reward_to_go") has the expected gradient of giving it all of them
 ("total"), as a rule with less variance. Both are unbiased for Σ_g L_g with an unbiased baseline, which is taken at each
 horizon by itself. "own" gives a token the reward at its position alone: biased, blind to what a token leads to.
+
+The losses may have weights, Σ_g w_g L_g (see ``horizons``), which multiply the rewards of their positions. A further
+baseline of single tokens, and generalised advantage estimation, are those of ``token_baselines``.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from torch import Tensor
 
 from ebft.errors import UsageError
 from ebft.objectives.baselines import advantage, reward_scale
+from ebft.objectives.horizons import horizon_weights
 from ebft.objectives.kernels import kernel_score_reward, mean_over_others
+from ebft.objectives.token_baselines import check_trace, generalised_advantage, ridge_values, states_before
 
 # (rollout [B,K,N,D], target [B,K,D], mask=[B,K]) -> values with the target [B,K,N] and among the rollouts [B,K,N,N]
 Values = Callable[..., tuple[Tensor, Tensor]]
 
 CREDITS = ("reward_to_go", "total", "own")
+TOKEN_BASELINES = ("none", "ridge")
 
 
 class Scores(NamedTuple):
@@ -99,6 +105,10 @@ def token_scores(
     estimator: str = "rloo",
     diversity: float = 1.0,
     credit: str = "reward_to_go",
+    horizons: str = "uniform",
+    token_baseline: str = "none",
+    trace: float = 1.0,
+    tokens: Tensor | None = None,
 ) -> Scores:
     """Scores of the tokens of rollouts, from features of the first g tokens.
 
@@ -108,6 +118,11 @@ def token_scores(
         mask: [B,K] bool, True on real anchors.
         estimator, diversity: of ``baselines.advantage``; its groups are the anchors, at each horizon by itself.
         credit: "reward_to_go", "total" or "own", see the head of this module.
+        horizons: weights w_g of the horizons, of ``horizons.horizon_weights``.
+        token_baseline: "none", or "ridge" for ``token_baselines.ridge_values`` of the returns; unbiased, since they
+            are fitted on other sequences. trace: λ of ``token_baselines.generalised_advantage``; biased below 1. Both
+            go with ``credit="reward_to_go"`` only.
+        tokens: [B,K,N,G] bool, True on real tokens, for the regression; None: all.
 
     Returns:
         Scores, with the reward of every position and the advantage every token is credited with, both [B,K,N,G];
@@ -117,18 +132,29 @@ def token_scores(
         UsageError: an unknown `credit`, or shapes that disagree.
     """
     check_credit(credit)
+    check_token_baseline(token_baseline, trace=trace, credit=credit)
     if rollout.ndim != 5 or target.shape != rollout.shape[:2] + rollout.shape[3:]:
         raise UsageError(
             f"rollout features have shape {list(rollout.shape)} and target features {list(target.shape)};"
             " expected features of every token, [B,K,N,G,D] and [B,K,G,D]"
         )
     options: dict[str, Any] = {"estimator": estimator, "diversity": diversity}
-    horizons = [
+    parts = [
         rollout_scores(values, phi, goal, mask, **options)
         for phi, goal in zip(rollout.unbind(3), target.unbind(2), strict=True)
     ]
-    reward, gain, alignment, similarity, scale = (torch.stack(column, -1) for column in zip(*horizons, strict=True))
-    return Scores(reward, credited(gain, credit), alignment.sum(-1), similarity.sum(-1), scale.sum(-1))
+    weights = horizon_weights(horizons, rollout.shape[3]).to(rollout)
+    reward, gain, alignment, similarity, scale = (
+        torch.stack(column, -1) * weights for column in zip(*parts, strict=True)
+    )
+    totals = (alignment.sum(-1), similarity.sum(-1), scale.sum(-1))
+    if token_baseline == "none" and trace == 1:
+        return Scores(reward, credited(gain, credit), *totals)
+    value = torch.zeros_like(gain)
+    if token_baseline == "ridge":
+        real = torch.ones_like(gain, dtype=torch.bool) if tokens is None else tokens
+        value = ridge_values(states_before(rollout, target, gain), to_go(gain), real & mask[..., None, None])
+    return Scores(reward, generalised_advantage(gain, value, trace=trace), *totals)
 
 
 def credited(advantage: Tensor, credit: str) -> Tensor:
@@ -150,3 +176,14 @@ def check_credit(credit: str) -> None:
     """Check the name of a way to credit tokens."""
     if credit not in CREDITS:
         raise UsageError(f"credit={credit!r} is not known; expected one of {', '.join(CREDITS)}")
+
+
+def check_token_baseline(name: str, *, trace: float, credit: str) -> None:
+    """Check the name of a baseline of tokens, and that it and λ have rewards of positions to work on."""
+    check_trace(trace)
+    if name not in TOKEN_BASELINES:
+        raise UsageError(f"token_baseline={name!r} is not known; expected one of {', '.join(TOKEN_BASELINES)}")
+    if credit != "reward_to_go" and (name != "none" or trace != 1):
+        raise UsageError(
+            f"token_baseline={name!r} and trace={trace!r} with credit={credit!r}: they are for credit='reward_to_go'"
+        )
