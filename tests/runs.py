@@ -4,13 +4,65 @@ import csv
 import inspect
 import io
 
+import torch
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ebft import cli
 from ebft.assemble import GROUPS, build_pipeline, run_from_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.data import load_documents, pack
 from ebft.policy import CausalPolicy
+
+SENTENCE = "def add(left, right):\n    return left + right\n\nfor index in range(10):\n    print(index)\n"
+
+
+def write_tiny_model(folder):
+    """A random Llama of 2 layers with a byte-level BPE tokenizer of about 300 tokens, as a Hugging Face folder."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<eos>"], min_frequency=1, show_progress=False
+    )
+    backend.train_from_iterator([SENTENCE], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_text(folder):
+    """12 small files, about 100 sequences of 32 tokens."""
+    for number in range(12):
+        lines = [
+            f"def f{number}_{line}(x, y={line}):\n    return x * {number + line} + y\n"
+            for line in range(number % 5 + 6)
+        ]
+        (folder / f"module_{number}.py").write_text("\n".join(lines), encoding="utf-8")
+    return folder
 
 
 def tiny_options(folder, text):
