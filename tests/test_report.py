@@ -16,9 +16,11 @@ from matplotlib.image import imread
 
 from ebft.errors import UsageError
 from ebft.loops.report import write_report, write_samples
-from ebft.loops.report_curves import _BOTTOM, _LEFT, _RIGHT, _TOP, Curve, build_curves, curve_svg, read_metrics, smooth
-from ebft.loops.report_curves import number as number_text
-from ebft.loops.report_samples import prefix_tail, samples_markdown, visible
+from ebft.loops.report_curves import Curve, build_curves, curve_svg, read_metrics, smooth
+from ebft.loops.report_frame import BOTTOM, LEFT, RIGHT, TOP, Frame
+from ebft.loops.report_frame import number as number_text
+from ebft.loops.report_rewards import histogram, read_rewards
+from ebft.loops.report_samples import prefix_tail, samples_markdown, visible, visible_pieces
 from ebft.loops.report_verdict import aligned, better_direction, verdict
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=\"y\">&amp;"
@@ -235,18 +237,18 @@ def test_svg_points_are_the_data():
     def data(css):
         path = re.search(f'class="{css}" d="M([^"]*)h0"', svg)[1]
         points = [tuple(map(float, p.split())) for p in re.split("h0M|L", path)]
-        xs = [1 + (x - _LEFT) / (_RIGHT - _LEFT) * 8 for x, _ in points]
-        return xs, [2.5 - (y - _TOP) / (_BOTTOM - _TOP) * 4 for _, y in points]
+        xs = [1 + (x - LEFT) / (RIGHT - LEFT) * 8 for x, _ in points]
+        return xs, [2.5 - (y - TOP) / (BOTTOM - TOP) * 4 for _, y in points]
 
     for css, values in (("raw", raw), ("smooth", smooth(raw, span=4))):
         xs, ys = data(css)
-        assert xs == pytest.approx(steps, abs=0.06 * 8 / (_RIGHT - _LEFT))  # coordinates have one decimal
-        assert ys == pytest.approx(values, abs=0.06 * 4 / (_BOTTOM - _TOP))
-    ticks = re.findall(rf'M{_LEFT} ([0-9.]+)H{_RIGHT}"/><text[^>]*>([^<]*)<', svg)
+        assert xs == pytest.approx(steps, abs=0.06 * 8 / (RIGHT - LEFT))  # coordinates have one decimal
+        assert ys == pytest.approx(values, abs=0.06 * 4 / (BOTTOM - TOP))
+    ticks = re.findall(rf'M{LEFT} ([0-9.]+)H{RIGHT}"/><text[^>]*>([^<]*)<', svg)
     assert len(ticks) >= 3
     for y, label in ticks:
         value = float(label.replace("−", "-"))
-        assert value == pytest.approx(2.5 - (float(y) - _TOP) / (_BOTTOM - _TOP) * 4, abs=0.06 * 4 / (_BOTTOM - _TOP))
+        assert value == pytest.approx(2.5 - (float(y) - TOP) / (BOTTOM - TOP) * 4, abs=0.06 * 4 / (BOTTOM - TOP))
 
 
 @settings(deadline=None)
@@ -256,8 +258,8 @@ def test_svg_of_any_values_is_drawn_inside_the_panel_with_distinct_labels(raw, s
     svg = curve_svg(Curve("x", steps, raw, smooth(raw, span=4), 0))
     for points in re.findall('class="(?:raw|smooth)" d="([^"]*)"', svg):
         for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", points):
-            assert _LEFT <= float(x) <= _RIGHT
-            assert _TOP <= float(y) <= _BOTTOM
+            assert LEFT <= float(x) <= RIGHT
+            assert TOP <= float(y) <= BOTTOM
     labels = re.findall('text-anchor="end">([^<]*)<', svg)
     assert len(set(labels)) == len(labels)
 
@@ -351,3 +353,119 @@ def test_write_samples_names_what_is_wrong(tmp_path):
     with pytest.raises(UsageError, match="sample 1: 'prefix' is 5"):
         write_samples([sample("a"), {"prefix": 5, "target": ""}], tmp_path / "samples.md")
     assert not list(tmp_path.iterdir())
+
+
+# Rewards, profile, advantages
+
+
+def write_rewards(folder, rows):
+    with (folder / "rewards.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["step", "reward_0", "reward_1", "reward_2", "reward_3"], *rows])
+
+
+def test_rewards_are_drawn_as_a_histogram_a_column_of_steps(run):
+    write_rewards(run, [[1, 0, 0, 1, 4], [2, 2, 2, 2, "torn"], [2, 0, 4, 4, 4], ["", 1, 2, 3, 4]])
+    steps, rewards = read_rewards(run / "rewards.csv")
+    assert (steps, rewards) == ([1, 2], [[0, 0, 1, 4], [0, 4, 4, 4]])  # the later row of step 2
+    frame = Frame(0.5, 2.5, 0.0, 4.0)
+    assert histogram(steps, rewards, frame, bins=4) == [
+        (1, 1, 0, 0.5), (1, 1, 1, 0.25), (1, 1, 3, 0.25), (2, 2, 0, 0.25), (2, 2, 3, 0.75),
+    ]  # fmt: skip
+    merged = histogram(steps, rewards, frame, bins=4, columns=1)
+    assert merged == [(1, 2, 0, 0.375), (1, 2, 1, 0.125), (1, 2, 3, 0.5)]
+    page = write_report(run).read_text()
+    assert "rewards of all rollouts" in page
+    assert page.count('<rect class="cell"') == 5
+    Outline(page)
+
+
+def test_all_rewards_alike_and_a_single_step_are_drawn(run):
+    write_rewards(run, [[7, 0.5, 0.5, 0.5, 0.5]])
+    assert write_report(run).read_text().count('<rect class="cell"') == 1
+
+
+PROFILE = {
+    "horizons": [1, 8, 64],
+    "before": [0.5, 0.75, 1.0],
+    "after": [0.25, 0.5, math.nan],
+    "before_standard_error": [0.01, 0.02, 0.03],
+    "after_standard_error": [0.01, 0.02, math.nan],
+}
+
+
+def test_profile_is_drawn_with_its_errors_and_told_in_numbers(run):
+    assert "horizon" not in write_report(run).read_text()
+    (run / "profile.json").write_text(json.dumps(PROFILE))
+    page = write_report(run).read_text()
+    Outline(page)
+    for text in ("0.500 ± 0.010", "0.750 ± 0.020", "0.250 ± 0.010", "1.000 ± 0.030", "– ± –"):
+        assert text in page
+    drawing = page[page.index("Loss over the horizon") :]
+    before, after = (
+        re.search(rf'class="{when}" d="M([^"]*)h0"', drawing)[1].split("L") for when in ("before", "after")
+    )
+    assert (len(before), len(after)) == (3, 2)
+    height = {name: [float(point.split()[1]) for point in points] for name, points in (("b", before), ("a", after))}
+    assert height["b"][0] == height["a"][1]  # both 0.5
+    assert height["a"][0] > height["b"][0] > height["b"][2]  # up is more
+    bars = re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)", re.search(r'class="before bars" d="([^"]*)"', drawing)[1])
+    lengths = [float(low) - float(high) for _, low, high in bars]
+    assert lengths == pytest.approx([lengths[0], 2 * lengths[0], 3 * lengths[0]], abs=0.21)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"after": [1, 2]}, "'after' is"), ({"before": None}, "'before' is None"), ({"horizons": [1, 1, 2]}, "rising")],
+)
+def test_a_profile_of_another_form_is_refused(run, change, words):
+    (run / "profile.json").write_text(json.dumps({**PROFILE, **change}))
+    with pytest.raises(UsageError, match=words):
+        write_report(run)
+
+
+def test_tokens_have_the_colour_of_their_advantage(run):
+    rollout = {
+        "text": "a  b\n", "reward": 1.0, "tokens": ["a ", "", " b", "\n"], "advantage": [0.5, 0.1, -1.0, 0.0],
+    }  # fmt: skip
+    plain = {"text": "a  b\n", "reward": 0.5}
+    samples = [{"prefix": "p", "target": "t", "before": [rollout, plain], "after": []}]
+    (run / "samples.json").write_text(json.dumps(samples))
+    page = write_report(run).read_text()
+    coloured, uncoloured = Outline(page).pre[2:4]
+    assert coloured == uncoloured == "a··b↵"
+    assert 'class="above" style="--strength:30%" title="advantage 0.5"' in page
+    assert 'class="below" style="--strength:60%" title="advantage −1"' in page
+    assert "Tokens of rollouts have the colour" in page
+
+
+@pytest.mark.parametrize(
+    "change", [{"advantage": [1.0]}, {"advantage": ["x", 1.0]}, {"tokens": ["a", "c"]}, {"advantage": [math.nan, 1.0]}]
+)
+def test_tokens_that_are_not_those_of_the_text_are_refused(run, change):
+    rollout = {"text": "ab", "reward": 1.0, "tokens": ["a", "b"], "advantage": [0.5, 0.25], **change}
+    (run / "samples.json").write_text(json.dumps([{"prefix": "p", "target": "t", "after": [rollout]}]))
+    with pytest.raises(UsageError, match="sample 0: 'after' is"):
+        write_report(run)
+
+
+@given(st.lists(st.text(alphabet=" \n\tab\u200b", max_size=4), max_size=6))
+def test_visible_pieces_are_the_whole_text_in_pieces(texts):
+    assert "".join(visible_pieces(texts)) == visible("".join(texts))
+    assert len(visible_pieces(texts)) == len(texts)
+
+
+def test_pieces_of_characters_that_several_tokens_make_up(tiny_folder):
+    from transformers import AutoTokenizer
+
+    from ebft.loops.samples import pieces
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    text = "def é(🙂):  pass\n"
+    ids = tokenizer(text)["input_ids"]
+    found = pieces(ids, tokenizer)
+    assert "".join(found) == text
+    assert len(found) == len(ids)
+    assert "é" in found
+    assert "🙂" in found
+    cut = pieces(ids[: ids.index(ids[found.index("🙂")])], tokenizer)  # ends within the character
+    assert "".join(cut) == tokenizer.decode(ids[: len(cut)])

@@ -17,6 +17,7 @@ from ebft.errors import UsageError
 from ebft.loops import run as run_module
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
 from ebft.loops.interrupt import Interrupted
+from ebft.loops.samples import SAMPLED_PREFIXES
 from ebft.loops.train import NonFiniteLoss, at_step, train
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
@@ -85,7 +86,7 @@ def test_the_measurement_says_what_training_did(finished):
 
 def test_samples_hold_text_before_and_after(finished):
     samples = json.loads((finished[0] / "samples.json").read_text())
-    assert len(samples) == run_module.SAMPLED_PREFIXES
+    assert len(samples) == SAMPLED_PREFIXES
     for sample in samples:
         assert sample["prefix"]
         assert sample["target"]

@@ -35,6 +35,7 @@ from ebft.features.whitening import PopulationWhitening
 from ebft.files import exclusive, write_atomically, write_json
 from ebft.loops.calibrate import calibrate
 from ebft.loops.checkpoint import newest, step_of
+from ebft.loops.loggers import check_logger, open_logger
 from ebft.loops.run import open_folder, run
 
 
@@ -70,6 +71,7 @@ def run_from_options(
         stored = read_config(out)
         options, changed = resumed_options(out, stored["options"], options, explicit, force=force)
     resolved = resolve_run(options)
+    check_logger(options["logger"])
     name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if not resume and out.exists():
@@ -149,6 +151,7 @@ def run_from_options(
         save_every=options["save_every"],
         eval_every=options["eval_every"],
         keep=options["keep"],
+        logger=open_logger(options["logger"], out, options),
         controller=build_controller(options),
         stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},
         training={

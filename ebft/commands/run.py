@@ -252,6 +252,9 @@ def run(
     ] = False,
     save_every: Annotated[int, option(OUTPUT, "Steps between checkpoints.")] = 10,
     keep: Annotated[int, option(OUTPUT, "Newest checkpoints that are kept; two survive damage to one.")] = 2,
+    logger: Annotated[
+        str | None, option(OUTPUT, "Show metrics in tensorboard, wandb, mlflow or csv too (default none)")
+    ] = None,
 ) -> None:
     """Fine-tune a policy by feature matching and measure what that did to held-out text.
 

@@ -67,12 +67,16 @@ def save(
 
     path = folder / f"step-{step:06d}"
     write_folder_atomically(path, fill)
-    others = [other for other in _checkpoints(folder) if other != path]
-    kept = [other for other in others if step_of(other) < step][: keep - 1]
-    for other in others:
-        if other not in kept:
-            remove_folder(other)
+    prune(folder, step, keep=keep)
     return path
+
+
+def prune(folder: Path, step: int, *, keep: int) -> None:
+    """Remove the checkpoints of `folder` but for the newest `keep` up to `step`."""
+    kept = [path for path in _checkpoints(folder) if step_of(path) <= step][:keep]
+    for path in _checkpoints(folder):
+        if path not in kept:
+            remove_folder(path)
 
 
 def newest(folder: Path, *, warn: Callable[[str], Any] = print) -> Path | None:

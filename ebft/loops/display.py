@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from ebft.loops.report_verdict import verdict
 
@@ -25,6 +27,16 @@ def watch_line(record: Mapping[str, float]) -> str:
     return "  ".join(f"{label} {record[name]:{form}}" for name, (label, form) in WATCHED.items() if name in record)
 
 
+class _TwoLines(Progress):
+    """A bar that keeps its count and ETA in a narrow window: what else is to be said stands below it, cut to fit."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["text"]:
+                yield Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
+
+
 class Display:
     """Live progress with ETA on a terminal; a line every now and then where there is none (logs, CI)."""
 
@@ -34,17 +46,16 @@ class Display:
     def track(self, items: Iterable, *, label: str, total: int, done: int = 0, describe=lambda item: "") -> Iterable:
         """Yield the items, showing how many of `total` are done, the time left and what `describe` says."""
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=max(4, min(20, self.console.width - 50))),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
+            TextColumn("ETA", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
         )
         live = self.console.is_terminal
         every = max(1, total // self._lines)
-        with Progress(*columns, console=self.console, disable=not live) as progress:
+        with _TwoLines(*columns, console=self.console, disable=not live) as progress:
             task = progress.add_task(label, total=total, completed=done, text="")
             for item in items:
                 done += 1
@@ -54,24 +65,31 @@ class Display:
                 yield item
 
 
-def result_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """Each metric before -> after, with the paired standard error."""
+def result_table(metrics: Mapping[str, Mapping[str, float]], *, width: int = 100) -> Table:
+    """Each metric before -> after, with the paired standard error; below 80 columns the verdict stands under the name."""
+    narrow = width < 80
     table = Table(
-        title="Held-out: same texts and random numbers before and after, paired standard errors", title_justify="left"
+        title="Held-out: same texts and random numbers before and after, paired standard errors",
+        title_justify="left",
+        box=SIMPLE_HEAD if narrow else HEAVY_HEAD,
+        pad_edge=not narrow,
+        padding=(0, 0) if narrow else (0, 1),
     )
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", no_wrap=not narrow)
     for name in ("before", "after", "change", "± s.e."):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    if not narrow:
+        table.add_column("verdict")
     for name, row in metrics.items():
-        table.add_row(
-            name.replace("_", " "),
+        words = verdict(name, row["difference"], row["standard_error"])[0]
+        label = name.replace("_", " ")
+        cells = [
             f"{row['before']:.4f}",
             f"{row['after']:.4f}",
             f"{row['difference']:+.4f}",
             f"{row['standard_error']:.4f}",
-            verdict(name, row["difference"], row["standard_error"])[0],
-        )
+        ]
+        table.add_row(f"{label}\n  {words}", *cells) if narrow else table.add_row(label, *cells, words)
     return table
 
 

@@ -92,6 +92,8 @@ class History:
             columns = list(self.held_out[0])
             lines = [[row[name] for name in columns] for row in self.held_out]
             write_atomically(self._folder / HELD_OUT, _csv([columns, *lines]))
+        else:  # one that a run left which was killed before it saved the step
+            (self._folder / HELD_OUT).unlink(missing_ok=True)
 
     def _write_metrics(self) -> None:
         self._columns = list(dict.fromkeys([*COLUMNS, *(name for row in self.rows for name in row)]))

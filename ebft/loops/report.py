@@ -12,7 +12,7 @@ from typing import Any
 
 from ebft.errors import UsageError
 from ebft.files import write_atomically
-from ebft.loops.history import HELD_OUT
+from ebft.loops.history import HELD_OUT, REWARDS
 from ebft.loops.report_curves import (
     TIME_PREFIX,
     Curve,
@@ -20,11 +20,15 @@ from ebft.loops.report_curves import (
     curve_svg,
     curves_png,
     held_out_curves,
-    number,
     read_metrics,
     smoothing_span,
 )
-from ebft.loops.report_samples import LEGEND, samples_html, samples_markdown
+from ebft.loops.report_frame import number
+from ebft.loops.report_profile import LEGEND as PROFILE_LEGEND
+from ebft.loops.report_profile import check_profile, profile_rows, profile_svg
+from ebft.loops.report_rewards import read_rewards, rewards_svg
+from ebft.loops.report_samples import COLOURS, LEGEND, samples_html, samples_markdown
+from ebft.loops.report_table import bars, table
 from ebft.loops.report_verdict import aligned, better_direction, verdict
 
 _STEP_TIME = "time_step"
@@ -36,7 +40,8 @@ def write_samples(samples: list[dict[str, Any]], path: str | PathLike[str]) -> P
 
     Args:
         samples: list of `{"prefix": str, "target": str, "before": [{"text": str, "reward": float}], "after": [...]}`;
-            `before` and `after` may be missing, a reward may be None or NaN.
+            `before` and `after` may be missing, a reward may be None or NaN. A rollout may also have `tokens` (texts
+            that make up its text) with an `advantage` each, which the report colours.
         path: file to write; replaced as a whole.
 
     Raises:
@@ -50,8 +55,9 @@ def write_samples(samples: list[dict[str, Any]], path: str | PathLike[str]) -> P
 def write_report(run_dir: str | PathLike[str]) -> Path:
     """Write `report.html` and `report.png` into a run's folder and return the path of the former.
 
-    Reads `metrics.csv`, and `config.json`, `evaluation.json` and `samples.json` where they are there, so that it also
-    serves a run that is still going on or was interrupted. The page needs no network and no script.
+    Reads `metrics.csv`, and `rewards.csv`, `config.json`, `evaluation.json`, `samples.json` and `profile.json` (see
+    `report_profile.check_profile`) where they are there, so that it also serves a run that is still going on or was
+    interrupted. The page needs no network and no script.
 
     Raises:
         UsageError: there is no `metrics.csv`, or a file does not have the form that the training loop writes.
@@ -63,7 +69,8 @@ def write_report(run_dir: str | PathLike[str]) -> Path:
     name = folder.resolve().name
     body = [
         _section("Before and after", _verdicts(evaluation)),
-        _section("Training", _panels(steps, columns, curves)),
+        _section("Loss over the horizon", _profile(_read_json(folder / "profile.json", dict))),
+        _section("Training", _panels(steps, columns, curves, *read_rewards(folder / REWARDS))),
         _section("Where the time goes", _step_times(curves) + _stage_times(evaluation)),
         _section("Samples", _samples(_read_json(folder / "samples.json", list))),
         _section("Record", _record(_read_json(folder / "config.json", dict), evaluation)),
@@ -97,17 +104,6 @@ def _records(evaluation: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
 
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>\n{content}</section>\n" if content else ""
-
-
-def _table(header: list[str], rows: list[list[str]], *, numbers: tuple[int, ...] = ()) -> str:
-    """A table of cells that are HTML already; the columns in `numbers` are set flush right."""
-
-    def line(tag: str, cells: list[str]) -> str:
-        marks = [' class="number"' if i in numbers else "" for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{m}>{c}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
-
-    body = "\n".join([line("th", header), *(line("td", row) for row in rows)])
-    return f'<div class="scroll"><table>{body}</table></div>\n'
 
 
 def _facts(steps: list[int], columns: dict[str, list[float]], evaluation: dict[str, Any]) -> str:
@@ -149,10 +145,27 @@ def _verdicts(evaluation: dict[str, Any]) -> str:
         " errors counts as no difference shown."
     )
     header = ["metric", "verdict", "before", "after", "difference"]
-    return _table(header, rows, numbers=(2, 3, 4)) + f'<p class="muted">{note}</p>'
+    return table(header, rows, numbers=(2, 3, 4), stack=True) + f'<p class="muted">{note}</p>'
 
 
-def _panels(steps: list[int], columns: dict[str, list[float]], curves: list[Curve]) -> str:
+def _profile(content: dict[str, Any]) -> str:
+    profile = check_profile(content)
+    if not profile:
+        return ""
+    key = '<span><i class="key before"></i>before <i class="key after"></i>after</span>'
+    panel = f"<figure><figcaption><b>feature matching</b>{key}</figcaption>{profile_svg(profile)}</figure>"
+    rows = table(["tokens", "before", "after"], profile_rows(profile), numbers=(0, 1, 2))
+    details = f"<details><summary>Numbers</summary>{rows}</details>"
+    return f'<p class="muted">{PROFILE_LEGEND}</p><div class="grid">{panel}</div>{details}'
+
+
+def _panels(
+    steps: list[int],
+    columns: dict[str, list[float]],
+    curves: list[Curve],
+    reward_steps: list[int],
+    rewards: list[list[float]],
+) -> str:
     if not steps:
         return '<p class="muted">No finished step (yet).</p>'
     timing = [c for c in curves if c.name.startswith(_TIMING)]
@@ -163,12 +176,16 @@ def _panels(steps: list[int], columns: dict[str, list[float]], curves: list[Curv
     )
     drawn = {c.name for c in curves}
     empty = ", ".join(name.replace("_", " ") for name in columns if name not in drawn)
-    parts = [f'<p class="muted">{note}</p><div class="grid">{"".join(map(_panel, others))}</div>']
+    panels = list(map(_panel, others))
+    if rewards:
+        caption = "<b>rewards of all rollouts</b><small>darker: more of them; the line is the median</small>"
+        panels.append(f"<figure><figcaption>{caption}</figcaption>{rewards_svg(reward_steps, rewards)}</figure>\n")
+    parts = [f'<p class="muted">{note}</p><div class="grid">{"".join(panels)}</div>']
     if empty:
         parts.append(f'<p class="muted">Without any number: {escape(empty)}.</p>')
     if timing:
-        panels = "".join(map(_panel, timing))
-        parts.append(f'<details><summary>Timing of every step</summary><div class="grid">{panels}</div></details>')
+        timings = "".join(map(_panel, timing))
+        parts.append(f'<details><summary>Timing of every step</summary><div class="grid">{timings}</div></details>')
     return "\n".join(parts)
 
 
@@ -177,17 +194,6 @@ def _panel(curve: Curve) -> str:
     missing = f"<small>{curve.missing:,} {steps} without a finite number</small>" if curve.missing else ""
     caption = f"<b>{escape(curve.title)}</b><span>{number(curve.smooth[-1])}</span>{missing}"
     return f"<figure><figcaption>{caption}</figcaption>{curve_svg(curve)}</figure>\n"
-
-
-def _bars(header: list[str], rows: list[tuple[str, float, list[str]]]) -> str:
-    """A table with a bar per row, as long as its seconds are against the largest."""
-    longest = max((s for _, s, _ in rows if math.isfinite(s)), default=0.0) or 1.0
-    cells = []
-    for label, seconds, more in rows:
-        share = max(0.0, seconds / longest) if math.isfinite(seconds) else 0.0
-        bar = f'<div class="bar" style="width:{100 * share:.1f}%"></div>'
-        cells.append([escape(label.replace("_", " ")), bar, number(seconds, 3), *more])
-    return _table(header, cells, numbers=tuple(range(2, len(header))))
 
 
 def _step_times(curves: list[Curve]) -> str:
@@ -201,7 +207,7 @@ def _step_times(curves: list[Curve]) -> str:
         means["other"] = other
     total = sum(means.values())
     rows = [(n.removeprefix(TIME_PREFIX), s, [f"{s / total:.0%}" if total else "–"]) for n, s in means.items()]
-    return "<h3>A training step, on average</h3>" + _bars(["part", "", "seconds", "share"], rows)
+    return "<h3>A training step, on average</h3>" + bars(["part", "", "seconds", "share"], rows)
 
 
 def _stage_times(evaluation: dict[str, Any]) -> str:
@@ -212,11 +218,14 @@ def _stage_times(evaluation: dict[str, Any]) -> str:
             (name, _value(record, "seconds"), [f"{tokens:,.0f}" if math.isfinite(tokens) else "–", number(rate)])
         )
     header = ["stage", "", "seconds", "tokens", "tokens a second"]
-    return "<h3>Stages of the evaluation</h3>" + _bars(header, rows) if rows else ""
+    return "<h3>Training, by stage</h3>" + bars(header, rows) if rows else ""
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
-    return f'<p class="muted">{LEGEND}</p>{samples_html(samples)}' if samples else ""
+    if not samples:
+        return ""
+    page = samples_html(samples)
+    return f'<p class="muted">{LEGEND} {COLOURS if "--strength" in page else ""}</p>{page}'
 
 
 def _record(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -225,8 +234,8 @@ def _record(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
     for title, content in (("Configuration", config), ("Further values of the evaluation", rest)):
         rows = [[escape(key), escape(value)] for key, value in _flat(content)]
         if rows:
-            table = _table(["key", "value"], rows)
-            parts.append(f'<details class="config"><summary>{title}</summary>{table}</details>')
+            values = table(["key", "value"], rows)
+            parts.append(f'<details class="config"><summary>{title}</summary>{values}</details>')
     return "".join(parts)
 
 

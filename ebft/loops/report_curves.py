@@ -6,11 +6,10 @@ import csv
 import io
 import math
 from dataclasses import dataclass, replace
-from html import escape
-from itertools import pairwise
 from pathlib import Path
 
 from ebft.errors import UsageError
+from ebft.loops.report_frame import Frame
 
 TIME_PREFIX = "time_"
 _LIMIT = (
@@ -18,8 +17,6 @@ _LIMIT = (
 )
 _EXACT = {"learning_rate"}  # set, not measured: smoothing would only lag behind
 _MAX_POINTS = 1000  # drawn in a panel; a longer run is thinned evenly after smoothing
-_WIDTH, _HEIGHT = 360, 180
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 342, 8, 158
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,6 @@ class Curve:
     @property
     def title(self) -> str:
         return self.name.replace("_", " ")
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: `digits` significant digits, thousands apart, a true minus; a dash if it is not finite."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if 1000 <= abs(value) < 1e6:
-        return f"{value:,.0f}".replace("-", "−")
-    mantissa, exponent, power = f"{value:.{digits}g}".partition("e")
-    return (f"{mantissa}e{int(power)}" if exponent else mantissa).replace("-", "−")
 
 
 def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
@@ -124,53 +111,14 @@ def held_out_curves(path: Path) -> list[Curve]:
     ]
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    """Smallest and largest value, widened where they (nearly) coincide so that an axis can be drawn."""
-    low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        margin = 0.05 * abs(high) or 0.5
-        return low - margin, high + margin
-    return low, high
-
-
-def _ticks(low: float, high: float, *, integer: bool = False) -> list[tuple[float, str]]:
-    """Round positions inside [low, high] with labels that tell them apart."""
-    from matplotlib.ticker import MaxNLocator
-
-    locator = MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=integer)
-    values = [float(v) for v in locator.tick_values(low, high) if low <= v <= high]
-    gap = min((b - a for a, b in pairwise(values)), default=0.0)
-    decimals = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap else 9
-    plain = decimals <= 3 and max(map(abs, values)) < 1e6
-    return [(v, f"{v:,.{decimals}f}".replace("-", "−") if plain else number(v, 6)) for v in values]
-
-
 def curve_svg(curve: Curve) -> str:
     """One panel as an inline SVG element: raw points light, smoothed line on top; colours come from the page's CSS."""
-    x_low, x_high = curve.steps[0], curve.steps[-1]
-    if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
-    y_low, y_high = _range(curve.raw)  # a weighted mean never leaves the range of the raw values
-
-    def x(step: float) -> float:
-        return _LEFT + (step - x_low) / (x_high - x_low) * (_RIGHT - _LEFT)
-
-    def y(value: float) -> float:
-        return _BOTTOM - (value - y_low) / (y_high - y_low) * (_BOTTOM - _TOP)
-
-    parts = []
-    for value, label in _ticks(y_low, y_high):
-        parts.append(f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for value, label in _ticks(x_low, x_high, integer=True):
-        parts.append(f'<text x="{x(value):.1f}" y="{_BOTTOM + 16}" text-anchor="middle">{label}</text>')
+    frame = Frame.around(curve.steps, curve.raw)  # a weighted mean never leaves the range of the raw values
     thin = slice(None, None, math.ceil(len(curve.steps) / _MAX_POINTS))
-    points = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(curve.steps[thin], curve.raw[thin], strict=True)]
-    line = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(curve.steps[thin], curve.smooth[thin], strict=True)]
-    parts.append(f'<path class="raw" d="M{"h0M".join(points)}h0"/>')
-    parts.append(f'<path class="smooth" d="M{"L".join(line)}h0"/>')
-    label = escape(f"{curve.title} over the training steps", quote=True)
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    points = frame.points(curve.steps[thin], curve.raw[thin])
+    line = frame.points(curve.steps[thin], curve.smooth[thin])
+    marks = [f'<path class="raw" d="M{"h0M".join(points)}h0"/>', f'<path class="smooth" d="M{"L".join(line)}h0"/>']
+    return frame.svg(marks, label=f"{curve.title} over the training steps")
 
 
 def curves_png(curves: list[Curve], *, title: str) -> bytes:

@@ -6,15 +6,20 @@ import math
 import re
 import unicodedata
 from html import escape
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
 from ebft.errors import UsageError
-from ebft.loops.report_curves import number
+from ebft.loops.report_frame import number
 
 LEGEND = (
     "Whitespace is shown: · space (first, last or several in a line), ⇥ tab, ↵ line break,"
     " ⟨U+…⟩ other characters that cannot be seen."
+)
+COLOURS = (
+    'Tokens of rollouts have the colour of their advantage, <span class="above" style="--strength:45%">above</span> or'
+    ' <span class="below" style="--strength:45%">below</span> zero, the stronger the larger it is within the sample.'
 )
 _TAIL_LINES = 10
 _TAIL_CHARACTERS = 1500  # text without line breaks must be cut too
@@ -28,8 +33,20 @@ def visible(text: str) -> str:
     Of all invisible characters the result has only single spaces inside a line, and the line breaks after each ↵
     except a last one.
     """
-    text = re.sub(r"(?m)^ +| +$| {2,}", lambda match: "·" * len(match[0]), text)
-    return "".join(_visible_character(c) for c in text).removesuffix("\n")
+    return "".join(visible_pieces([text]))
+
+
+def visible_pieces(pieces: list[str]) -> list[str]:
+    """The pieces of a text as `visible` shows the whole of it."""
+    text = "".join(pieces)
+    dotted = re.sub(r"(?m)^ +| +$| {2,}", lambda match: "·" * len(match[0]), text)  # of the same length
+    ends = list(accumulate(map(len, pieces)))
+    shown = [dotted[end - len(piece) : end] for piece, end in zip(pieces, ends, strict=True)]
+    shown = ["".join(map(_visible_character, piece)) for piece in shown]
+    last = max((i for i, piece in enumerate(shown) if piece), default=None)
+    if last is not None:
+        shown[last] = shown[last].removesuffix("\n")
+    return shown
 
 
 def _visible_character(c: str) -> str:
@@ -72,17 +89,22 @@ def check_samples(samples: Any) -> list[dict[str, Any]]:
         for key in _WHEN:
             rollouts = sample.get(key) or []
             if not isinstance(rollouts, list) or not all(map(_is_rollout, rollouts)):
-                wanted = "a list of {'text': a text, 'reward': a number}"
+                wanted = "a list of {'text': a text, 'reward': a number}, with 'tokens' their texts' 'advantage' each"
                 raise UsageError(f"sample {i}: {key!r} is {rollouts!r}, expected {wanted}")
     return samples
 
 
 def _is_rollout(item: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and isinstance(item.get("text"), str)
-        and isinstance(item.get("reward"), int | float | None)
-    )
+    if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+        return False
+    tokens, advantage = item.get("tokens", []), item.get("advantage", [])
+    if not (isinstance(tokens, list) and isinstance(advantage, list) and len(tokens) == len(advantage)):
+        return False
+    if not all(isinstance(token, str) for token in tokens) or (tokens and "".join(tokens) != item["text"]):
+        return False
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in advantage):
+        return False
+    return isinstance(item.get("reward"), int | float | None)
 
 
 def _mean_reward(rollouts: list[dict[str, Any]]) -> float:
@@ -132,12 +154,33 @@ def samples_html(samples: list[dict[str, Any]]) -> str:
 
 def _rollouts_html(sample: dict[str, Any], when: str) -> str:
     rollouts = sample.get(when) or []
+    top = max((abs(a) for w in _WHEN for r in sample.get(w) or [] for a in r.get("advantage", ())), default=0.0)
     items = "".join(
-        f'<li><span class="reward">{_reward(r.get("reward"))}</span>{_pre(r["text"])}</li>' for r in rollouts
+        f'<li><span class="reward">{_reward(r.get("reward"))}</span>{_tokens(r, top) if top else _pre(r["text"])}</li>'
+        for r in rollouts
     )
     return f'<div><h4>{when.capitalize()} training</h4><ul class="rollouts">{items}</ul></div>' if rollouts else ""
 
 
+def _tokens(rollout: dict[str, Any], top: float) -> str:
+    """The text of a rollout, every token in the colour of its advantage, the strongest at the size `top`."""
+    tokens, advantage = rollout.get("tokens"), rollout.get("advantage")
+    if not tokens or not advantage:
+        return _pre(rollout["text"])
+    parts = []
+    for text, value in zip(visible_pieces(tokens), advantage, strict=True):
+        side, strength = (
+            ("above" if value > 0 else "below"),
+            min(1.0, abs(value) / top) if math.isfinite(value) else 0.0,
+        )
+        style = f'class="{side}" style="--strength:{60 * strength:.0f}%" title="advantage {number(value, 3)}"'
+        parts.append(f"<span {style}>{_marked(text)}</span>" if text else "")
+    return f"<pre>{''.join(parts)}</pre>"
+
+
 def _pre(text: str) -> str:
-    marked = re.sub("[·⇥↵]+|⟨U\\+[0-9A-F]+⟩", r'<span class="ws">\g<0></span>', escape(visible(text)))
-    return f"<pre>{marked}</pre>"
+    return f"<pre>{_marked(visible(text))}</pre>"
+
+
+def _marked(shown: str) -> str:
+    return re.sub("[·⇥↵]+|⟨U\\+[0-9A-F]+⟩", r'<span class="ws">\g<0></span>', escape(shown))

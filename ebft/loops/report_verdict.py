@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ebft.loops.report_curves import number
+from ebft.loops.report_frame import number
 
 # A metric's better direction is known by the words in its name; for any other name the report does not judge.
 _LOWER = ("loss", "cross_entropy", "perplexity", "error", "seconds")

@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from tensordict import TensorDictBase
 
-from ebft import schema
 from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
@@ -21,13 +20,16 @@ from ebft.loops.display import Display, result_table, stage_table, watch_line
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
 from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
+from ebft.loops.loggers import close_logger, log_result, log_step
 from ebft.loops.report import write_report, write_samples
+from ebft.loops.samples import take_samples
 from ebft.loops.train import NonFiniteLoss, Stage, train
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 
-SAMPLED_PREFIXES = 4
+if TYPE_CHECKING:
+    from torchrl.record.loggers import Logger
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def run(
     save_every: int = 20,
     eval_every: int = 0,
     keep: int = 2,
+    logger: Logger | None = None,
     controller: KLController | None = None,
     stateful: Mapping[str, checkpoint.Stateful] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -76,6 +79,7 @@ def run(
         save_every, keep: steps between checkpoints, and how many of them are kept.
         eval_every: steps between held-out measurements, which `held_out.csv` gets with the paired change from before;
             0 measures before and after only.
+        logger: gets the metrics of every step too, see `ebft.loops.loggers.open_logger`; it is closed at the end.
 
     Returns:
         What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, and
@@ -100,6 +104,8 @@ def run(
             before = _measure(policy, pipeline, display, "held-out before", stop, **measure)
             _save_held(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
+        if start:  # a kill may have come between a checkpoint and the removal of older ones
+            checkpoint.prune(checkpoints, start, keep=keep)
         history.write()
 
         def measure_held_out(step: int) -> None:
@@ -131,6 +137,7 @@ def run(
         try:
             for record in display.track(records, label="training", total=steps, done=start, describe=watch_line):
                 history.append(record)
+                log_step(logger, record)
                 step = int(record["step"])
                 ended = controller is not None and controller.stopped
                 if step % save_every == 0 or step == steps or stop() or ended:
@@ -154,6 +161,8 @@ def run(
 
         result = _result(before, after, history.rows, held_out)
         write_json(out / "evaluation.json", result)
+        log_result(logger, result["metrics"], step=steps)
+        close_logger(logger)
         samples = [
             {**s, "after": later["before"]} for s, later in zip(before.samples, after.samples, strict=True)
         ]  # "before" of the later measurement is what came after
@@ -194,38 +203,10 @@ def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, 
     for sums, td in display.track(batches, label=label, total=total):
         parts.append(sums)
         if not samples:
-            samples = _samples(td, policy.tokenizer)
+            samples = take_samples(td, policy.tokenizer)
         if stop():
             raise Interrupted(f"stopped during the measurement {label!r}; --resume goes on")
     return Held(concatenate(parts), samples)
-
-
-def _samples(td: TensorDictBase, tokenizer) -> list[dict[str, Any]]:
-    """A few prefixes with their target and rollouts as text, one anchor from each of the first sequences."""
-    samples = []
-    for row in td[:SAMPLED_PREFIXES]:
-        valid = row[schema.ANCHOR_MASK].nonzero()[:, 0].tolist()
-        if not valid:
-            continue
-        k = valid[len(valid) // 2]
-
-        def text(tokens, mask):
-            return tokenizer.decode(tokens[mask].tolist())
-
-        context = torch.arange(len(row[schema.TOKENS]), device=row.device) < row[schema.ANCHORS][k]
-        if schema.DOCUMENT_IDS in set(row.keys()):
-            ids = row[schema.DOCUMENT_IDS]
-            context &= ids == ids[row[schema.ANCHORS][k] - 1]
-        rewards = row[schema.REWARD][k].flatten(1).sum(1) if row[schema.REWARD].ndim == 3 else row[schema.REWARD][k]
-        rollouts = zip(row[schema.ROLLOUT_TOKENS][k], row[schema.ROLLOUT_MASK][k], rewards, strict=True)
-        samples.append(
-            {
-                "prefix": text(row[schema.TOKENS], context),
-                "target": text(row[schema.TARGET_TOKENS][k], row[schema.TARGET_MASK][k]),
-                "before": [{"text": text(t, m), "reward": round(float(r), 4)} for t, m, r in rollouts],
-            }
-        )
-    return samples
 
 
 def _held_out_row(step: int, before: Held, now: Held) -> dict[str, float]:
@@ -264,7 +245,7 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
 
 
 def _print_result(console: Console, result: Mapping[str, Any], out: Path) -> None:
-    console.print(result_table(result["metrics"]))
+    console.print(result_table(result["metrics"], width=console.width))
     console.print(f"{result['n_sequences']} held-out sequences, {result['n_anchors']} anchors", highlight=False)
     console.print(stage_table(result["stages"]))
     what = {
