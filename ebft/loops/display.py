@@ -66,7 +66,7 @@ class Display:
 
 
 def result_table(metrics: Mapping[str, Mapping[str, float]], *, width: int = 100) -> Table:
-    """Each metric before -> after, with the paired standard error; below 80 columns the verdict stands under the name."""
+    """Each metric before -> after, with the paired standard error; in a narrow window the verdict is under the name."""
     narrow = width < 80
     table = Table(
         title="Held-out: same texts and random numbers before and after, paired standard errors",
