@@ -11,7 +11,7 @@ from rich.table import Table
 from ebft.loops.evaluation import prompts
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.result import Entry, look_up
-from ebft.loops.report_curves import number
+from ebft.loops.report_frame import number
 from ebft.loops.report_verdict import aligned
 
 PLACES = (1, 2, 4, 8, 16, 32, 64)
