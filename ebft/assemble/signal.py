@@ -87,6 +87,8 @@ def signal_from_options(
     data = read_data(base)
     policy = load_policy(base)
     parameters = chosen_parameters(policy, options["parameters"])
+    for name, weight in policy.trainable().items():
+        weight.requires_grad_(name in parameters)  # no graph below the first layer that is measured
     rows, _ = pack_data(data, policy.tokenizer, base, resolved[0], console=console)
     for (_, settings), parts in zip(configurations, resolved, strict=True):
         rows = usable_rows(rows, settings, parts)

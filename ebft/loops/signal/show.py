@@ -34,13 +34,16 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """The cells of one configuration's row: token-forwards of a batch, then the statistics."""
     texts = [f"{row['token_forwards']:,.0f}"]
     for label, (_, digits) in _COLUMNS.items():
-        estimate = row[label]
-        if estimate["value"] is None:
-            texts.append("–")
-            continue
-        reach = None if estimate["high"] is None else estimate["high"] - estimate["value"]
-        texts.append(f"{estimate['value']:.{digits}f}" + ("" if reach is None else f" ± {reach:.{digits}f}"))
+        texts.append(interval(row[label], digits))
     return texts
+
+
+def interval(estimate: Mapping[str, float | None], digits: int) -> str:
+    """`value ± reach`, without what is not defined."""
+    value, high = estimate["value"], estimate["high"]
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + ("" if high is None else f" ± {high - value:.{digits}f}")
 
 
 def headings() -> list[str]:

@@ -43,6 +43,15 @@ class GradientStore:
                 )
             self._state = found
 
+    @classmethod
+    def open(cls, folder: Path, *, shape: tuple[int, int, int]) -> GradientStore:
+        """The store that is in `folder`, whatever it was measured with."""
+        found = read_state(folder)
+        if found is None:
+            raise UsageError(f"{folder} holds no measurement")
+        identity = {key: value for key, value in found["identity"].items() if key != "gradients"}
+        return cls(folder, identity=identity, shape=shape)
+
     @property
     def done(self) -> int:
         """Batches that are stored."""

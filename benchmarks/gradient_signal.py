@@ -1,0 +1,108 @@
+"""Signal of the gradient: every lever in one table, and those with one expected gradient against each other.
+
+    python benchmarks/gradient_signal.py OUT [BATCHES]
+
+measures smollm2-135m on the standard library's source (2 sequences of 128 tokens in a batch, 15 anchors each, rollouts
+of 8 tokens; gradients of rank-8 adapters of the last four layers) with `cli.py signal` in OUT, which goes on where it
+was stopped, and writes signal.json, signal.md and signal.png into OUT. Copy them to benchmarks/results to keep them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ebft.files import write_atomically, write_json
+from ebft.loops.signal.run import judge
+from ebft.loops.signal.show import interval
+from ebft.loops.signal.store import GradientStore
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = r"layers\.(26|27|28|29)\..*lora_B"  # those of lora_A have no gradient at the start
+HIDDEN, TOKENS = "features=hidden", "pooling=none credit=reward_to_go"
+CONFIGURATIONS = {
+    "paper": f"{HIDDEN} whitening=group alignment=cosine",
+    "dot": HIDDEN,
+    "dot, no baseline": f"{HIDDEN} estimator=none",
+    "dot, tuned baseline": f"{HIDDEN} estimator=rloo_tuned",
+    "dot, last horizon, ridge": f"{HIDDEN} {TOKENS} horizons=last token_baseline=ridge",
+    "dot, 8 rollouts": f"{HIDDEN} rollouts=8",
+    "dot, 8 rollouts, 4 branches": f"{HIDDEN} rollouts=8 first_token=branches strata=4",
+    "alignment": f"{HIDDEN} diversity=0",
+    "alignment, 4 branches": f"{HIDDEN} diversity=0 first_token=branches strata=4",
+    "alignment, 4 distinct": f"{HIDDEN} diversity=0 first_token=distinct strata=4",
+    "population whitening": f"{HIDDEN} whitening=population",
+    "energy kernel": f"{HIDDEN} objective=kernel_score kernel=energy",
+    "sbert": "features=sbert",
+    "all horizons": f"{HIDDEN} {TOKENS}",
+    "all horizons, ridge": f"{HIDDEN} {TOKENS} token_baseline=ridge",
+    "all horizons, ridge, λ 0.5": f"{HIDDEN} {TOKENS} token_baseline=ridge trace=0.5",
+    "all horizons, weights 0.5": f"{HIDDEN} {TOKENS} horizons=geometric:0.5",
+    "equal tokens": "features=match match=position",
+    "equal tokens, alignment": "features=match match=position diversity=0",
+    "equal tokens, alignment, 4 branches": "features=match match=position diversity=0 first_token=branches strata=4",
+    "common prefix": "features=match",
+    "common prefix, by token": f"features=match {TOKENS}",
+    "common prefix, by token, ridge": f"features=match {TOKENS} token_baseline=ridge",
+    "hidden and equal tokens": "features=join:hidden+match match=position",
+}
+# Configurations with one expected gradient, the first the one that others are measured against.
+FAMILIES = (
+    ("dot", "dot, no baseline", "dot, tuned baseline", "dot, last horizon, ridge", "dot, 8 rollouts",
+     "dot, 8 rollouts, 4 branches"),
+    ("alignment", "alignment, 4 branches", "alignment, 4 distinct"),
+    ("all horizons", "all horizons, ridge"),
+    ("equal tokens, alignment", "equal tokens, alignment, 4 branches"),
+    ("common prefix, by token", "common prefix, by token, ridge"),
+)  # fmt: skip
+
+
+def command(out: Path, batches: int) -> list[str]:
+    """The measurement as a command line."""
+    options = {
+        "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS, "reference": "paper",
+        "set": "stride=8 first=8 horizon=8 rollouts=4",
+    }  # fmt: skip
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    for name, text in CONFIGURATIONS.items():
+        own = "" if "estimator" in text or "first_token" in text else " estimator=rloo"
+        arguments += ["--config", f"{name}: {text}{own}"]
+    return [sys.executable, str(ROOT / "cli.py"), "signal", *arguments]
+
+
+def families(out: Path, result: dict) -> tuple[dict, str]:
+    """Noise of rollouts over that of the first of each family: JSON and Markdown."""
+    names = list(result["rows"])
+    shape = (len(names), result["replicates"], result["weights"])
+    store = GradientStore.open(out / "gradients", shape=shape)
+    gram = store.gram()
+    found, lines = (
+        {},
+        ["| against | configuration | noise of rollouts, ratio | token-forwards, ratio |", "|---|---|---:|---:|"],
+    )
+    for base, *others in FAMILIES:
+        rows = judge(gram, names, store.cost, reference=base)["rows"]
+        for name in others:
+            cost = rows[name]["token_forwards"] / rows[base]["token_forwards"]
+            found[f"{name} / {base}"] = {"noise": rows[name]["noise_ratio"], "cost": cost}
+            lines.append(f"| {base} | {name} | {interval(rows[name]['noise_ratio'], 3)} | {cost:.2f} |")
+    return found, "\n".join(lines)
+
+
+def main(out: Path, batches: int) -> None:
+    subprocess.run(command(out, batches), check=True)
+    result = json.loads((out / "signal.json").read_text())
+    found, text = families(out, result)
+    write_json(out / "signal.json", {**result, "families": found})
+    table = (out / "signal.md").read_text().partition("\n\n## ")[0].rstrip()
+    note = "## Configurations with the same expected gradient\n\nBelow 1: less noise. ± 95 % jackknife intervals."
+    write_atomically(out / "signal.md", f"{table}\n\n{note}\n\n{text}\n".encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 12)
