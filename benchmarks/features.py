@@ -34,7 +34,7 @@ from benchmarks.contestants import Choice, Setting
 from benchmarks.feature_maps import NAMES, FeatureBank
 from benchmarks.feature_rollouts import SOURCES, Draw, agreement, arguments, key_of, stored_rollouts
 from benchmarks.feature_signal import measure, signal_to_noise
-from benchmarks.measure import machine
+from benchmarks.measure import in_fresh_process, machine
 from benchmarks.sampling import merged
 from benchmarks.score_gradients import score_gradients
 from ebft.cache import cache_dir
@@ -82,9 +82,13 @@ def benchmark(
             results |= {name: earlier[name] for name in ("draw", "sbert", "signal")}
     for setting in plan.settings if "hidden" in plan.stages else []:
         say(f"hidden: {setting}")
-        row = feature_cost.compare(choice, setting, repeats=plan.repeats, peaks=True)
-        results["hidden"] = merged(results["hidden"], [{**row, "threads": torch.get_num_threads()}], "setting")
+        row = feature_cost.compare(choice, setting, repeats=plan.repeats) | {"threads": torch.get_num_threads()}
+        results["hidden"] = merged(results["hidden"], [row], "setting")
         save(results)
+        for name in feature_cost.WAYS:
+            say(f"hidden: {setting}, memory of {name}")
+            row[f"{name}_peak"] = in_fresh_process(feature_cost.peak, choice, setting, name)
+            save(results)
     for source in plan.sources if {"sbert", "signal"} & set(plan.stages) else []:
         say(f"{source}: rollouts")
         td = stored_rollouts(policy, f"{choice.policy} {dtype}", source, draw, plan.cache)

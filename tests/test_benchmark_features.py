@@ -187,7 +187,7 @@ def test_benchmark_keeps_what_it_has_and_repeats_itself(tiny_folder, tmp_path):
         cache=tmp_path,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_cost, "in_fresh_process", lambda function, *args: 2**20)
+        patch.setattr(features, "in_fresh_process", lambda function, *args: 2**20)
         patch.setattr(LetterCounts, "__repr__", lambda self: "letters")
         said: list[str] = []
         first = features.benchmark(choice, DRAW, plan, earlier={}, save=json.dumps, say=said.append)
