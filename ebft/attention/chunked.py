@@ -101,7 +101,7 @@ class _Chunked(torch.autograd.Function):
             for chunk in ctx.chunks:
                 rows, slope = _rows(query, chunk, heads), _rows(gradient.to(query.dtype), chunk, heads)
                 weights, shaping = _weights(rows, key, chunk, rule)
-                _add_transposed(on_value, weights.to(value.dtype), slope, chunk)
+                _add_transposed(on_value, weights.to(value.dtype), slope, chunk, scaling=1.0)
                 on_weights = _products(slope, value, chunk, extra=weights.shape[-1], scaling=1.0)
                 on_scores = torch._softmax_backward_data(on_weights.to(weights.dtype), weights, -1, weights.dtype)
                 if on_sinks is not None:
@@ -111,7 +111,7 @@ class _Chunked(torch.autograd.Function):
                 on_scores = on_scores.to(query.dtype)
                 part = _weighted(on_scores, key, chunk).mul_(rule.scaling)
                 on_query[:, :, chunk.start : chunk.stop] = _from_rows(part, shape).transpose(1, 2)
-                _add_transposed(on_key, on_scores, rows.mul_(rule.scaling), chunk)
+                _add_transposed(on_key, on_scores, rows, chunk, scaling=rule.scaling)
         return on_query, on_key, on_value, on_sinks, None, None
 
 
@@ -119,9 +119,9 @@ class _Chunked(torch.autograd.Function):
 
 
 def _rows(x: Tensor, chunk: Chunk, heads: int) -> Tensor:
-    """[B,H,S,E] -> rows [B·J, H/J·Q, E] of the chunk, a copy."""
+    """[B,H,S,E] -> rows [B·J, H/J·Q, E] of the chunk."""
     part = x[:, :, chunk.start : chunk.stop]
-    return part.reshape(part.shape[0] * heads, -1, part.shape[3]).clone(memory_format=torch.contiguous_format)
+    return part.reshape(part.shape[0] * heads, -1, part.shape[3])
 
 
 def _from_rows(rows: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -175,13 +175,13 @@ def _weighted(weights: Tensor, values: Tensor, chunk: Chunk) -> Tensor:
     return out
 
 
-def _add_transposed(total: Tensor, weights: Tensor, rows: Tensor, chunk: Chunk) -> None:
-    """Add weightsᵀ [B·J,reach+own,X] · rows [B·J,X,E] to what the rows see of total [B,J,S,E]."""
+def _add_transposed(total: Tensor, weights: Tensor, rows: Tensor, chunk: Chunk, *, scaling: float) -> None:
+    """Add scaling · weightsᵀ [B·J,reach+own,X] · rows [B·J,X,E] to what the rows see of total [B,J,S,E]."""
     reach, own, flat = chunk.reach, chunk.own, total.view(-1, *total.shape[2:])
-    flat[:, :reach].baddbmm_(weights[..., :reach].mT, rows)
+    flat[:, :reach].baddbmm_(weights[..., :reach].mT, rows, alpha=scaling)
     if own:
         inner = _by_tooth(weights[..., reach : reach + own], chunk).mT @ _by_tooth(rows, chunk)
-        flat[:, chunk.start : chunk.stop] += inner.flatten(1, 2)
+        flat[:, chunk.start : chunk.stop].add_(inner.flatten(1, 2), alpha=scaling)
 
 
 def _by_tooth(x: Tensor, chunk: Chunk) -> Tensor:
