@@ -58,14 +58,18 @@ def peak_increase(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
+    _give_back_freed_memory()
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
     before = _high_water_mark()
     run()
     return _high_water_mark() - before
+
+
+def _give_back_freed_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _high_water_mark() -> int:
@@ -77,7 +81,12 @@ def _high_water_mark() -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a new interpreter; None when the system killed it, which it does when memory runs out."""
+    """`function(*args)` in a new interpreter; None when the system killed it, which it does when memory runs out.
+
+    What this process keeps of freed memory is given back first, so that the new one can have it.
+    """
+    gc.collect()
+    _give_back_freed_memory()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
