@@ -12,6 +12,14 @@ def _no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_picture():
+    """Drawing report.png takes longer than all the rest of a tiny run: only the tests of the report draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ebft.loops.report.curves_png", lambda *args, **kwargs: b"")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random Llama of 2 layers with a byte-level BPE tokenizer of about 300 tokens, as a Hugging Face folder."""

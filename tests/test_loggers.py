@@ -14,11 +14,6 @@ from ebft.loops import loggers
 from tests.runs import go, metrics
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr("ebft.loops.report.curves_png", lambda *args, **kwargs: b"")
-
-
 @pytest.fixture
 def short(options):
     return {**options, "steps": 3, "save_every": 1, "held_out": 4}

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from ebft.errors import UsageError
 from ebft.loops.report import write_report, write_samples
-from ebft.loops.report_curves import Curve, build_curves, curve_svg, read_metrics, smooth
+from ebft.loops.report_curves import Curve, build_curves, curve_svg, curves_png, read_metrics, smooth
 from ebft.loops.report_frame import BOTTOM, LEFT, RIGHT, TOP, Frame
 from ebft.loops.report_frame import number as number_text
 from ebft.loops.report_rewards import histogram, read_rewards
@@ -25,6 +25,11 @@ from ebft.loops.report_verdict import aligned, better_direction, verdict
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=\"y\">&amp;"
 PLOTTED = r"loss $\frac$ " + EVIL  # neither HTML nor mathematical notation
+
+
+@pytest.fixture(autouse=True)
+def _picture(monkeypatch):
+    monkeypatch.setattr("ebft.loops.report.curves_png", curves_png)
 
 
 class Outline(HTMLParser):

@@ -16,14 +16,6 @@ from ebft.loops.train import train
 from tests.runs import go, metrics
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_picture():
-    """Drawing report.png takes longer than all the rest of such a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ebft.loops.report.curves_png", lambda *args, **kwargs: b"")
-        yield
-
-
 @pytest.fixture(scope="module")
 def short(options):
     """Options of a short run that a checkpoint is taken of after every step."""
