@@ -71,8 +71,11 @@ def evaluate(
     unit_norm: Annotated[str | None, option(FEATURES, "hidden: layer, joint or none (default layer)")] = None,
     layers: Annotated[str | None, option(FEATURES, "hidden: depth fractions, indices, last or mean")] = None,
     pooling: Annotated[str | None, option(FEATURES, "hidden: last, mean, concat_quantiles, ... (default last)")] = None,
+    match: Annotated[
+        str | None, option(FEATURES, "match: prefix (common beginning) or position (equal tokens) (default prefix)")
+    ] = None,
     ngram: Annotated[int | None, option(FEATURES, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
-    dimension: Annotated[int | None, option(FEATURES, "ngram: buckets of the hash (default 2048)")] = None,
+    dimension: Annotated[int | None, option(FEATURES, "ngram, match: buckets of the hash (default 2048)")] = None,
     prompts: Annotated[int, option(ANSWERS, "Held-out prompts.")] = 32,
     answers: Annotated[int, option(ANSWERS, "N, answers to each prompt.")] = 4,
     answer_temperature: Annotated[float, option(ANSWERS, "Sampling temperature of answers; 0 is greedy.")] = 0.6,

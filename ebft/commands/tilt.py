@@ -50,8 +50,11 @@ def tilt(
     pooling: Annotated[
         str | None, option(MATCHING, "hidden: last, mean, concat_quantiles or concat_all (default last)")
     ] = None,
+    match: Annotated[
+        str | None, option(MATCHING, "match: prefix (common beginning) or position (equal tokens) (default prefix)")
+    ] = None,
     ngram: Annotated[int | None, option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
-    dimension: Annotated[int | None, option(MATCHING, "ngram: buckets of the hash (default 2048)")] = None,
+    dimension: Annotated[int | None, option(MATCHING, "ngram, match: buckets of the hash (default 2048)")] = None,
     beta: Annotated[
         float | None, option(ENERGY, "β, inverse weight of the divergence from the policy; larger tilts more.")
     ] = None,
