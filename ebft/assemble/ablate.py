@@ -37,9 +37,9 @@ YARDSTICKS = {
 }
 
 # Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the
-# whitening may be calibrated with batches.)
+# whitening may be calibrated with batches; nor `estimator`: the samples show advantages.)
 _TRAINING_ALONE = {
-    *("estimator", "drop_zero_spread", "normalize_advantage", "clip_advantage", "steps", "micro_batch", "lr"),
+    *("steps", "micro_batch", "lr"),
     *("checkpointing", "pg", "clip", "updates", "truncate_weights", "normalization", "pg_weight", "pg_schedule"),
     *("ce", "ce_tokens", "ce_schedule", "kl", "kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop"),
     *("entropy", "save_every", "keep"),
