@@ -218,29 +218,29 @@ def rows(out):
 
 
 def test_a_study_by_the_command_line(command, tmp_path, options):
-    over = ["--over", "features=ngram,hidden", "--over", "lr=0.01,0.02", "--steps", "1"]
+    over = ["--over", "features=ngram,hidden", "--over", "entropy=0.01,0.02", "--steps", "1"]
     out = tmp_path / "study"
     result = invoke(command, *over, "--seed", "1")
     assert result.exit_code == 0, (result.output, result.exception)
     found = rows(out)
     assert len(found) == 2 * 2 * 5
     assert {row["features"] for row in found} == {"ngram", "hidden"}
-    for name in ("results.md", "axis-features.png", "axis-lr.png"):
+    for name in ("results.md", "axis-features.png", "axis-entropy.png"):
         assert (out / name).stat().st_size > 100
-    assert "features=hidden, lr=0.02" in result.output
+    assert "features=hidden, entropy=0.02" in result.output
     assert json.loads((out / "failures.json").read_text()) == {}
 
     # a cell is the run that `run` makes, held-out measurement of the start included
-    cell = out / "features=hidden,lr=0.02" / "seed-1"
+    cell = out / "features=hidden,entropy=0.02" / "seed-1"
     stored = json.loads((cell / "config.json").read_text())["options"]
     go(stored, tmp_path / "alone")
     for name in ("before.json", "samples.json"):
         assert (cell / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     alone, there = (json.loads((p / "evaluation.json").read_text()) for p in (tmp_path / "alone", cell))
     assert alone["metrics"] == there["metrics"]
-    log = (out / "features=hidden,lr=0.02" / "seed-1.log").read_text()
-    assert "held-out before" not in log  # measured once, by the cell with the other learning rate
-    assert "held-out before" in (out / "features=hidden,lr=0.01" / "seed-1.log").read_text()
+    log = (out / "features=hidden,entropy=0.02" / "seed-1.log").read_text()
+    assert "held-out before" not in log  # measured once, by the cell with the other weight of the entropy
+    assert "held-out before" in (out / "features=hidden,entropy=0.01" / "seed-1.log").read_text()
 
     # again: nothing runs, the results are the same
     result = invoke(command, *over, "--seed", "1")
