@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ebft import cli
-from ebft.assemble import GROUPS, build_pipeline, run_from_options
-from ebft.components import OPTION_NAMES, resolve_options
+from ebft.assemble import build_pipeline, resolve_run, run_from_options, settle
 from ebft.data import load_documents, pack
 from ebft.policy import CausalPolicy
 
@@ -93,8 +92,6 @@ def parts(options, **changes):
     """Policy, pipeline and rows of a run with these options."""
     options = {**options, **changes}
     policy = CausalPolicy.from_pretrained(options["policy"], device="cpu", dtype="float32")
-    chosen = {group: options[group] for group in GROUPS}
-    given = {name: options[name] for name in OPTION_NAMES}
-    pipeline = build_pipeline(policy, policy.reference(), options, resolve_options(chosen, given))
+    pipeline = build_pipeline(policy, policy.reference(), settle(options), resolve_run(options))
     rows = pack(load_documents(options["data"]), policy.tokenizer, length=options["length"])
     return policy, pipeline, rows[:8]

@@ -110,7 +110,11 @@ def test_programs_are_rewarded_by_their_tests(policy, options):
     ]
     chosen = options | {"objective": "verifier", "verifier": "unit_tests", "test_prompt": True}
     stage = build_reward(
-        chosen, resolve_run(chosen), decode=decoder(policy.tokenizer), examples=examples.__getitem__, by=schema.EXAMPLE
+        settle(chosen),
+        resolve_run(chosen),
+        decode=decoder(policy.tokenizer),
+        examples=examples.__getitem__,
+        by=schema.EXAMPLE,
     )
     td = at_step(prompt_rows(examples, policy.tokenizer, length=32), seed=0, step=0)
     said = ["    return x\n", "    return x + 1\n", "    raise SystemExit(0)\n", "    return"]

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from ebft import cli, schema
-from ebft.assemble import build_pipeline, build_reward, build_values, replay, resolve_run
+from ebft.assemble import build_pipeline, build_reward, build_values, replay, resolve_run, settle
 from ebft.assemble.run import observe_moments
 from ebft.commands.derived import run_defaults
 from ebft.components import choose
@@ -64,7 +64,7 @@ def test_a_replay_is_what_a_run_sees_at_its_first_step(saved, tiny_folder, tiny_
         (first,) = metrics(tmp_path / features)
         policy = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", dtype="float32", lora=2, seed=4)
         options = {**run_defaults(), **tiny(tiny_folder, tiny_text), "features": features}
-        pipeline = build_pipeline(policy, policy.reference(), options, resolve_run(options))
+        pipeline = build_pipeline(policy, policy.reference(), settle(options), resolve_run(options))
         part = pipeline["reward"](pipeline["embed"](td[:3].clone()))
         outcome = measure([part], EBFTLoss())
         assert outcome.metrics["feature_matching_loss"].value == pytest.approx(
@@ -325,6 +325,7 @@ def test_a_moment_never_whitens_the_rollouts_it_is_of(saved):
     parts = [embed(part.clone()) for part in td.split(3)]
     rewarded = {}
     for whitened, others in (((0, 2), (1,)), ((1,), (0, 2))):
+        options = settle(options)
         values = build_values(options, resolved)
         for other in others:
             observe_moments(values["feature_matching"], parts[other])

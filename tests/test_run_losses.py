@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from ebft import schema
-from ebft.assemble import build_loss
-from ebft.components import resolve_options
+from ebft.assemble import build_loss, resolve_run, settle
 from ebft.data import batches
 from ebft.errors import UsageError
 from ebft.loops.train import at_step, correct_mismatch, mismatch, score, train
@@ -147,7 +146,6 @@ def test_mistakes_are_told_before_anything_is_written(options, tmp_path, chosen,
 
 
 def test_the_defaults_are_the_papers_estimator(options):
-    resolved = resolve_options({"pg": options["pg"]}, {})
-    loss = build_loss(options, resolved["pg"])
+    loss = build_loss(settle(options), resolve_run(options)["pg"])
     assert (loss.normalization, loss.kl_estimator, loss.kl_in) == ("sequence", "k2", "loss")
     assert not loss.needs_old_log_prob

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ebft import schema
-from ebft.assemble import build_reward
+from ebft.assemble import build_reward, settle
 from ebft.assemble.reward import decoder
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.errors import UsageError
@@ -103,7 +103,8 @@ def test_examples_give_answers_and_tests(options):
         rows[0]: Example("x = 1\n", "any", ("assert x == 1",)),
         rows[1]: Example("x = 2\n", "any", ("assert x == 1", "assert x == 2")),
     }
-    chosen = options | {"objective": "verifier", "verifier": "unit_tests", "test_prompt": True, "test_credit": "share"}
+    own = {"verifier": "unit_tests", "test_prompt": True, "test_credit": "share"}
+    chosen = settle(options | {"objective": "verifier", **own})
     resolved = resolve_options({"objective": "verifier"}, {n: chosen[n] for n in OPTION_NAMES if n in WANTED})
 
     def decode(tokens, mask):
@@ -114,7 +115,7 @@ def test_examples_give_answers_and_tests(options):
     assert out[schema.REWARD][0][real[0]].unique().tolist() == [1.0]
     assert out[schema.REWARD][1][real[1]].unique().tolist() == [0.5]
     answers = {row: Example("", "pass", ()) for row in rows}
-    chosen = options | {"objective": "verifier", "verifier": "exact_match"}
+    chosen = settle(options | {"objective": "verifier", "verifier": "exact_match"})
     resolved = resolve_options({"objective": "verifier"}, {n: chosen[n] for n in OPTION_NAMES if n in WANTED})
     out = build_reward(chosen, resolved, decode=decode, examples=answers.__getitem__)(td.clone())
     assert out[schema.REWARD][real].unique().tolist() == [1.0]

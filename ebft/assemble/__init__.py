@@ -1,12 +1,13 @@
 """From the command line's options to the parts of a run; what needs no model is checked before one is loaded."""
 
 from ebft.assemble.ablate import ablate, ablate_from_options
-from ebft.assemble.checks import GROUPS, check_options, resolve_run
+from ebft.assemble.checks import GROUPS, check_options, resolve_run, settle
 from ebft.assemble.compare import compare_from_options
 from ebft.assemble.data import list_data_sets, print_card
 from ebft.assemble.evaluate import evaluate_from_options
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_features, build_pipeline
+from ebft.assemble.optimizer import build_average, build_optimizer
+from ebft.assemble.pipeline import build_features, build_pipeline, training_stages
 from ebft.assemble.policy import load_policy
 from ebft.assemble.replay import replay, replay_from_options
 from ebft.assemble.reward import build_reward, build_values
@@ -21,9 +22,11 @@ __all__ = [
     "GROUPS",
     "ablate",
     "ablate_from_options",
+    "build_average",
     "build_controller",
     "build_features",
     "build_loss",
+    "build_optimizer",
     "build_pipeline",
     "build_reward",
     "build_schedules",
@@ -42,6 +45,8 @@ __all__ = [
     "rollouts_from_options",
     "run_from_options",
     "sample_from_options",
+    "settle",
     "signal_from_options",
     "tilt_from_options",
+    "training_stages",
 ]

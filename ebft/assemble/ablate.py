@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ebft.assemble.checks import resolve_run
+from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.grid import check_axes, check_cells, folder_name, make_cells, of_components
 from ebft.assemble.loss import build_loss
 from ebft.assemble.reward import build_values
@@ -141,9 +141,9 @@ def ablate_from_options(
 
 def check_cell(options: Mapping[str, Any]) -> None:
     """Everything that can be known to be wrong with a run before a model is loaded."""
-    resolved = resolve_run(options)
-    build_values(options, resolved)
-    build_loss(options, resolved["pg"])
+    resolved, settled = resolve_run(options), settle(options)
+    build_values(settled, resolved)
+    build_loss(settled, resolved["pg"])
 
 
 def write_study(results: Results, out: Path, console: Console) -> None:

@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebft.assemble.loss import check_loss_options
+from ebft.assemble.optimizer import check_optimizer_options
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
+from ebft.components.methods import METHOD_OPTIONS, METHODS
 from ebft.errors import UsageError
 
-GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg")
+GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg", "optimizer", "lr_schedule")
+
+# What an option counts as that the method does not take: a term of weight 0, and the reward of held-out rollouts.
+_WITHOUT = {
+    **dict.fromkeys(METHOD_OPTIONS),
+    **{"ce": 0.0, "pg_weight": 0.0, "kl": 0.0, "entropy": 0.0, "updates": 1, "minibatches": 1},
+    **{"pg": "reinforce", "normalization": "sequence"},
+    **{"objective": "feature_matching", "whitening": "none", "estimator": "rloo", "diversity": 1.0},
+    **{"drop_zero_spread": False, "normalize_advantage": False},
+}
+
+DEFAULT_STEPS = 16
 
 PER_TOKEN = ("hidden", "match")  # features that can be had of every token
 OF_TOKENS = ("horizons", "token_baseline", "trace")  # options of rewards of tokens
@@ -26,23 +39,52 @@ _AT_LEAST = {
     ),
     "eval_every": 0,
     **dict.fromkeys(("length", "held_out"), 2),
-    **dict.fromkeys(("save_every", "keep", "updates"), 1),
+    **dict.fromkeys(("save_every", "keep", "updates", "minibatches"), 1),
+    **dict.fromkeys(("max_grad_norm", "momentum", "weight_decay", "eps", "ema"), 0),
 }
+
+
+def settle(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with what the method makes of those that nobody gave (None).
+
+    Options that do not belong to the method count as a part of weight 0. They are None in `options`, so that this is
+    to be called once; everything that is built wants what it returns.
+
+    Raises:
+        UsageError: an unknown method, or an option that it does not take.
+    """
+    given = {name: options[name] for name in METHOD_OPTIONS}
+    settled = {**options, **_WITHOUT, **resolve_options({"method": options["method"]}, given)["method"]}
+    if options["steps"] is None and options["epochs"] is None:
+        settled["steps"] = DEFAULT_STEPS
+    return settled
 
 
 def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Check the options of a run and give those of its components, by group, defaults filled in.
 
     Raises:
-        UsageError: as `check_options` and `ebft.components.resolve_options`.
+        UsageError: as `settle`, `check_options` and `ebft.components.resolve_options`.
     """
-    check_options(options)
-    chosen = {group: options[group] for group in GROUPS}
-    return resolve_options(chosen, {name: options[name] for name in OPTION_NAMES})
+    settled = settle(options)
+    given = {name: options[name] for name in OPTION_NAMES if name not in METHOD_OPTIONS}
+    resolved = resolve_options({group: settled[group] for group in GROUPS}, given)
+    check_options(settled)
+    settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
+    check_optimizer_options(settled, resolved)
+    return resolved
+
+
+def describe_components(options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
+    """What a run is made of, with all its options: the method, and each component that it uses, by group."""
+    settled, taken = settle(options), METHODS[options["method"]].options
+    used = [group for group in GROUPS if group in taken or group not in METHOD_OPTIONS]
+    method = {"name": options["method"], **{option: settled[option] for option in taken}}
+    return {"method": method, **{group: {"name": settled[group], **resolved[group]} for group in used}}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """What can be known to be wrong from the options alone.
+    """What can be known to be wrong from the options alone, as `settle` gives them.
 
     Raises:
         UsageError: one clear message, naming the option, its value and what is expected.
@@ -66,9 +108,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
+    if options["epochs"] is not None and options["steps"] is not None:
+        raise UsageError(f"--epochs {options['epochs']} and --steps {options['steps']}: give one of the two")
+    if options["epochs"] is not None and not options["epochs"] > 0:
+        raise UsageError(f"--epochs {options['epochs']}: expected a number > 0")
     check_loss_options(options)
     check_reward_options(options)
     per_token = options["pooling"] == "none"
+    if per_token and options["method"] != "ebft":
+        raise UsageError(f"--pooling none keeps features per token, which --method {options['method']} has no use for")
     if per_token and options["credit"] is None:
         raise UsageError("--pooling none keeps features per token: say with --credit how tokens are rewarded")
     if options["credit"] is not None and not (per_token and options["features"] in PER_TOKEN):

@@ -26,7 +26,9 @@ def versions() -> dict[str, str]:
 
 # Options that leave the held-out measurement of the start what it is.
 _TRAINING_ALONE = {
-    *("steps", "batch", "micro_batch", "checkpointing", "lr", "save_every", "eval_every", "keep", "logger"),
+    *("steps", "epochs", "batch", "micro_batch", "checkpointing", "lr", "save_every", "eval_every", "keep", "logger"),
+    *("optimizer", "lr_schedule", "warm_up", "lr_end", "betas", "momentum", "nesterov", "weight_decay", "eps"),
+    *("max_grad_norm", "ema", "minibatches"),
     *("pg", "clip", "updates", "truncate_weights", "pg_weight", "pg_schedule", "ce", "ce_tokens", "ce_schedule"),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebft.assemble.checks import OF_TOKENS
-from ebft.components import GROUPS, OPTION_NAMES
+from ebft.components import GROUPS
 from ebft.components.component import nearest
 from ebft.components.objectives import MATCHING
 from ebft.errors import UsageError
@@ -19,14 +19,15 @@ OF_SAMPLING = ("sampler", "stride", "first", "horizon", "rollouts", "temperature
 OF_STRATA = {"first_token": str | None, "strata": int | None}
 OF_MATCHING = ("features", "whitening", "objective", "diversity", "estimator", "credit")
 OF_SHAPING = ("drop_zero_spread", "normalize_advantage", "clip_advantage")
-_SETTABLE = tuple(dict.fromkeys((*OF_SAMPLING, *OF_MATCHING, *OF_TOKENS, *OF_SHAPING, *OPTION_NAMES)))
+_GROUPS = ("sampler", "features", "whitening", "objective", "estimator")  # their components' options are settable too
 
 
 def settable(hints: Mapping[str, Any]) -> dict[str, Any]:
     """Option -> type, for the options that a configuration may set, from the type hints of `run`."""
-    not_measured = set(OPTION_NAMES) - {o for g in GROUPS if g != "pg" for e in GROUPS[g].values() for o in e.options}
+    of_components = (option for group in _GROUPS for entry in GROUPS[group].values() for option in entry.options)
     known = {**hints, **OF_STRATA}
-    return {name: known[name] for name in _SETTABLE if name not in not_measured}
+    names = (*OF_SAMPLING, *OF_MATCHING, *OF_TOKENS, *OF_SHAPING, *of_components)
+    return {name: known[name] for name in dict.fromkeys(names)}
 
 
 def parse_configuration(text: str, *, base: Mapping[str, Any], hints: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

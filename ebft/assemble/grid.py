@@ -104,7 +104,8 @@ def make_cells(
     """
     if one_at_a_time:
         settings: list[dict[str, Any]] = [{}]
-        settings += [{name: value} for name, values in axes.items() for value in values if value != base[name]]
+        filled = _filled(base)
+        settings += [{name: value} for name, values in axes.items() for value in values if value != filled[name]]
     else:
         for name in axes:
             if name in given:
@@ -150,9 +151,16 @@ def of_components(*groups: str) -> tuple[str, ...]:
 
 
 def _taken(options: Mapping[str, Any]) -> set[str]:
-    """Options that the chosen components take."""
-    chosen = [choose(group, options[group]) for group in GROUPS if group in options]
+    """Options that the method and the chosen components take."""
+    filled = _filled(options)
+    chosen = [choose(group, filled[group]) for group in GROUPS if filled.get(group) is not None]
     return {option for component in chosen for option in component.options}
+
+
+def _filled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the method's defaults for those that nobody gave."""
+    defaults = choose("method", options["method"]).options if "method" in options else {}
+    return {**options, **{name: value for name, value in defaults.items() if options.get(name) is None}}
 
 
 def _flag(name: str) -> str:

@@ -46,12 +46,17 @@ def check_loss_options(options: Mapping[str, Any]) -> None:
             f"--top-p {options['top_p']} drops tokens, and one that the start drops makes the divergence infinite; use"
             " --top-p 1, or k2",
         )
-    if options["updates"] > 1 and options["pg"] == "reinforce":
-        _refuse(
-            options,
-            "updates",
-            "reinforce is right for the first update only; use --pg clipped, sequence_clipped or cispo",
-        )
+    for name in ("updates", "minibatches"):
+        if options[name] > 1 and options["pg"] == "reinforce":
+            _refuse(
+                options,
+                name,
+                "reinforce is right for the first update only; use --pg clipped, sequence_clipped or cispo",
+            )
+    if options["batch"] % options["minibatches"]:
+        _refuse(options, "minibatches", f"--batch {options['batch']} does not split into that many equal parts")
+    if options["minibatches"] > 1 and options["truncate_weights"] is not None:
+        _refuse(options, "truncate_weights", "its weights are those before the first update; use --minibatches 1")
     if options["score_temperature"] is not None:
         _check_score_temperature(options)
     if options["truncate_weights"] is not None:
@@ -96,7 +101,7 @@ def build_loss(options: Mapping[str, Any], policy_gradient: Mapping[str, Any]) -
 def build_schedules(options: Mapping[str, Any]) -> dict[str, Schedule]:
     """Attribute of the loss -> its schedule, for the weights that have one."""
     return {
-        attribute: schedule(options[name], options[weight], steps=options["steps"])
+        attribute: schedule(options[name], options[weight], steps=options["steps"] or 1)
         for name, (weight, attribute) in _SCHEDULES.items()
         if options[name] is not None
     }

@@ -23,6 +23,12 @@ def build_features(
     return choose("features", options["features"]).build(policy, reference, **resolved["features"])
 
 
+def training_stages(stages: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all `stages`, which the held-out measurement runs, those that the method trains with."""
+    wanted = {"sft": ()}.get(options["method"], tuple(stages))
+    return {name: stage for name, stage in stages.items() if name in wanted}
+
+
 def build_pipeline(
     policy: CausalPolicy,
     reference: CausalPolicy,

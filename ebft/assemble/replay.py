@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from ebft import schema
 from ebft.assemble.ablate import check_cell
-from ebft.assemble.checks import resolve_run
+from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.grid import check_axes, check_cells, make_cells, of_components
 from ebft.assemble.loss import build_loss
 from ebft.assemble.reward import build_reward, build_values, decoder
@@ -121,7 +121,7 @@ def replay_from_options(
     td, config = load_rollouts(rollouts)
     # What the options of the saved run say of rewards and losses was not used when the rollouts were drawn.
     options = {**defaults, **config["options"], **{name: defaults[name] for name in (*REPLAYED, *_OF_CALIBRATION)}}
-    options = {**options, "kl": 0.0, "ce": 0.0, "entropy": 0.0, **given}
+    options = {**options, "method": "ebft", "kl": 0.0, "ce": 0.0, "entropy": 0.0, **given}
     cells = make_cells(over, options, given=given, one_at_a_time=one_at_a_time)
     check_cells(cells, check_cell)
     if out is not None and not (out / "replay.json").is_file():
@@ -140,7 +140,7 @@ def replay_from_options(
         if key not in embedded:
             embedded[key] = _embed(td, config, cell, resolved, stand_in)
         batches = _reward(embedded[key], cell, resolved, tokenizer)
-        outcomes.append(measure(batches, build_loss(cell.options, resolved["pg"])))
+        outcomes.append(measure(batches, build_loss(settle(cell.options), resolved["pg"])))
         rows += _rows(cell, tuple(over), outcomes[-1], outcomes[0], td, time.perf_counter() - start)
     results = Results(tuple(over), cells, rows, yardsticks=YARDSTICKS)
     for table in replay_tables(results):
@@ -178,7 +178,7 @@ def _reward(
 ) -> list[TensorDictBase]:
     """Rewards and advantages, batch by batch; a moment is of the half of the batches that it does not whiten."""
     if cell.options["whitening"] != "population":
-        stage = build_reward(cell.options, resolved, decode=decoder(tokenizer))
+        stage = build_reward(settle(cell.options), resolved, decode=decoder(tokenizer))
         return [stage(part.clone(False)) for part in batches]
     if len(batches) < 2:
         raise UsageError(
@@ -187,11 +187,11 @@ def _reward(
         )
     found: dict[int, TensorDictBase] = {}
     for half in (0, 1):
-        values = build_values(cell.options, resolved)
+        values = build_values(settle(cell.options), resolved)
         for number, part in enumerate(batches):
             if number % 2 != half:
                 _observe(values.values(), part)
-        stage = build_reward(cell.options, resolved, decode=decoder(tokenizer), values=values)
+        stage = build_reward(settle(cell.options), resolved, decode=decoder(tokenizer), values=values)
         found.update({n: stage(part.clone(False)) for n, part in enumerate(batches) if n % 2 == half})
     return [found[number] for number in range(len(batches))]
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ebft import schema
-from ebft.assemble.checks import resolve_run
+from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.config import machine, versions
 from ebft.assemble.grid import check_axes, make_cells, of_components
 from ebft.assemble.pipeline import build_features, build_sampler
@@ -67,7 +67,7 @@ def rollouts_from_options(
     projection = Projection(size, dimension=sketch, seed=options["seed"]) if sketch else None
     drawn = draw(
         policy,
-        build_sampler(policy, options, resolved, answers=data.answers),
+        build_sampler(policy, settle(options), resolved, answers=data.answers),
         maps,
         batches_of(train_rows, batch_size=options["batch"], seed=options["seed"]),
         batches=batches,

@@ -14,7 +14,7 @@ from rich.console import Console
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.assemble.checks import GROUPS, resolve_run
+from ebft.assemble.checks import describe_components, resolve_run, settle
 from ebft.assemble.config import (
     check_same_text,
     fingerprint,
@@ -26,7 +26,8 @@ from ebft.assemble.config import (
     versions,
 )
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
-from ebft.assemble.pipeline import build_features, build_pipeline
+from ebft.assemble.optimizer import build_average, build_optimizer
+from ebft.assemble.pipeline import build_features, build_pipeline, training_stages
 from ebft.assemble.policy import load_policy
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
@@ -60,7 +61,7 @@ def run_from_options(
     Raises:
         UsageError: any bad input, before anything is written.
     """
-    options, stored = dict(options), {}
+    given, stored = dict(options), {}
     changed: dict[str, Any] = {}
     if force and not resume:
         raise UsageError("--force goes with --resume: it goes on with a run under other options")
@@ -69,28 +70,31 @@ def run_from_options(
             raise UsageError("--resume needs --out, the folder of the run to go on with")
         open_folder(out, resume=True)
         stored = read_config(out)
-        options, changed = resumed_options(out, stored["options"], options, explicit, force=force)
-    resolved = resolve_run(options)
+        given, changed = resumed_options(out, stored["options"], given, explicit, force=force)
+    resolved, options = resolve_run(given), settle(given)
     check_logger(options["logger"])
-    name = re.sub(r"[^\w.]+", "-", f"{options['features']}-{options['sampler']}")
+    name = re.sub(r"[^\w.]+", "-", "-".join(options[part] for part in ("method", "features", "sampler")))
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if not resume and out.exists():
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
     data = read_data(options)
-    console.print(f"policy {options['policy']}, features {options['features']}", highlight=False)
+    console.print(
+        f"method {options['method']}, policy {options['policy']}, features {options['features']}", highlight=False
+    )
     policy = load_policy(options)
     reference = policy.reference()
     values = build_values(options, resolved)
     features = build_features(policy, reference, options, resolved)
     console.print(f"features: {features.note}", highlight=False, soft_wrap=True)
-    pipeline = build_pipeline(
+    measuring = build_pipeline(
         policy, reference, options, resolved, values, answers=data.answers, feature_map=features.embed
     )
+    pipeline = training_stages(measuring, options)
     train_rows, held_rows = pack_data(data, policy.tokenizer, options, resolved, console=console)
+    options["steps"] = options["steps"] or steps_of(options["epochs"], len(train_rows), options["batch"])
     parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.95), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(options["steps"]))
+    optimizer, scheduler = build_optimizer(parameters, options, resolved)
     loss = build_loss(options, resolved["pg"])
     console.print(
         f"{len(train_rows):,} training and {len(held_rows)} held-out sequences of {options['length']} tokens;"
@@ -98,8 +102,9 @@ def run_from_options(
         highlight=False,
     )
     config = {
-        "options": options,
-        "components": {group: {"name": options[group], **resolved[group]} for group in GROUPS},
+        "options": given,
+        "steps": options["steps"],
+        "components": describe_components(given, resolved),
         "versions": versions(),
         "machine": machine(policy.device),
         "sequences": {
@@ -157,13 +162,22 @@ def run_from_options(
         training={
             "scoring": {**scoring, "temperature": options["score_temperature"] or options["temperature"]},
             "micro_batch": options["micro_batch"],
+            "max_grad_norm": options["max_grad_norm"],
             "updates": options["updates"],
+            "minibatches": options["minibatches"],
             "truncation": options["truncate_weights"],
             "schedules": build_schedules(options),
             "observers": observers if any(whitening.running for whitening in whitenings.values()) else [],
         },
+        measuring=measuring,
+        average=build_average(policy, options),
         console=console,
     )
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Batches in so many passes over the rows; those that do not fill a last batch sit a pass out."""
+    return max(1, round(epochs * (rows // batch_size)))
 
 
 def observe_moments(whitening: PopulationWhitening, td: TensorDictBase) -> None:
@@ -183,9 +197,3 @@ def _each(observers: Sequence[Callable[[TensorDictBase], None]]) -> Callable[[Te
             observer(td)
 
     return observe
-
-
-def _warm_up_then_linear(steps: int):
-    """Learning-rate factor: up over the first 10 % of the steps, then linearly down to 5 %."""
-    warm_up = max(1, steps // 10)
-    return lambda step: min((step + 1) / warm_up, max(0.05, 1 - (step - warm_up) / max(1, steps - warm_up)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ebft.assemble.checks import resolve_run
+from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.config import machine, versions
 from ebft.assemble.configurations import OF_SAMPLING, parse_configuration, parse_settings
 from ebft.assemble.pipeline import build_features, build_sampler
@@ -82,6 +82,7 @@ def signal_from_options(
     resolved = [_resolve(name, settings) for name, settings in configurations]
     if options["allocate"]:
         _check_allocation(configurations[0][1])
+    configurations = [(name, settle(settings)) for name, settings in configurations]
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-signal"
 
     data = read_data(base)

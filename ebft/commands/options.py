@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import typing
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
-MODEL, DATA, SAMPLING = "Model", "Text", "Rollouts"
+METHOD, MODEL, DATA, SAMPLING = "Method", "Model", "Text", "Rollouts"
 MATCHING, LOSS, TRAINING, OUTPUT = "What is matched", "Loss", "Training", "Output"
 
 
@@ -16,7 +18,56 @@ def option(panel: str, help: str, *names: str, **extra: Any):
     return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
 
 
+# What a file of options may not set: where options come from and where results go.
+_OF_THE_CALL = ("config", "preset", "out", "resume", "force")
+
+
+def from_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of --config: its options count as defaults of the command, over those of a preset."""
+    from ebft.assemble.option_files import read_option_file
+
+    if path is not None:
+        options = _converted(context, read_option_file(path), f"--config {path}")
+        context.default_map = {**(context.default_map or {}), **options}
+    return path
+
+
+def from_preset(context: typer.Context, name: str | None) -> str | None:
+    """Callback of --preset: its options count as defaults of the command."""
+    from ebft.assemble.option_files import read_preset
+
+    if name is not None:
+        options = _converted(context, read_preset(name), f"preset {name}")
+        context.default_map = {**options, **(context.default_map or {})}
+    return name
+
+
+def _converted(context: typer.Context, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options as the command line would have them; those that are null are as if they were not there.
+
+    Raises:
+        UsageError: an unknown option, or a value of another type.
+    """
+    from ebft.assemble.option_files import check_names, convert
+    from ebft.commands.run import run
+
+    hints = typing.get_type_hints(run)
+    known = {parameter.name: hints[parameter.name] for parameter in context.command.params if parameter.name in hints}
+    known = {name: hint for name, hint in known.items() if name not in _OF_THE_CALL}
+    check_names(options, known, where)
+    return {
+        name: convert(value, known[name], f"{where}: {name}") for name, value in options.items() if value is not None
+    }
+
+
 def given_options(context: typer.Context, *, besides: Collection[str]) -> tuple[dict[str, Any], set[str]]:
-    """The options of a command but those named in `besides`, by parameter name, and which of them the user gave."""
+    """The options of a command but those named in `besides`, by parameter name, and which of them the user gave.
+
+    Those from files of options count as given. --steps on the command line is instead of --epochs in a file.
+    """
     options = {name: value for name, value in context.params.items() if name not in besides}
-    return options, {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    sources = {name: context.get_parameter_source(name).name for name in options}  # type: ignore[union-attr]
+    for name, other in (("epochs", "steps"), ("steps", "epochs")):
+        if sources.get(name) == "DEFAULT_MAP" and sources.get(other) == "COMMANDLINE":
+            options[name] = None
+    return options, {name for name in options if sources[name] in ("COMMANDLINE", "DEFAULT_MAP")}

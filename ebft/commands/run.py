@@ -8,12 +8,54 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ebft.commands.options import DATA, LOSS, MATCHING, MODEL, OUTPUT, SAMPLING, TRAINING, given_options, option
+from ebft.commands.options import (
+    DATA,
+    LOSS,
+    MATCHING,
+    METHOD,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    TRAINING,
+    from_config,
+    from_preset,
+    given_options,
+    option,
+)
 
 
 def run(
     context: typer.Context,
-    policy: Annotated[str, option(MODEL, "Model to train: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
+    config: Annotated[
+        Path | None,
+        option(
+            METHOD,
+            "File of options, YAML or the config.json of an earlier run, as `lr: 0.001`; flags go before it.",
+            is_eager=True,
+            callback=from_config,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        option(
+            METHOD,
+            "Options of the paper: paper-qa-code, paper-code, paper-translation, or paper-small for a CPU; --config and"
+            " flags go before it.",
+            is_eager=True,
+            callback=from_preset,
+        ),
+    ] = None,
+    method: Annotated[
+        str, option(METHOD, "What a run is made of: ebft or sft; `components` lists the options that each takes.")
+    ] = "ebft",
+    policy: Annotated[
+        str,
+        option(
+            MODEL,
+            "Model to train: smollm2-135m, a folder, a hub id, or the folder of an earlier run (a warm start from what"
+            " it trained).",
+        ),
+    ] = "smollm2-135m",
     lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 16,
     device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
@@ -54,7 +96,9 @@ def run(
         bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")
     ] = False,
     length: Annotated[int, option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
-    sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
+    sampler: Annotated[
+        str | None, option(SAMPLING, "Where rollouts start and how they are drawn (default strided)")
+    ] = None,
     stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
     first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
     horizon: Annotated[int, option(SAMPLING, "G, tokens of a rollout and of its target.")] = 8,
@@ -76,8 +120,9 @@ def run(
         str | None,
         option(
             MATCHING,
-            "hidden: start (of the policy), random (weights), a name or folder; with another tokenizer the text is"
-            " re-tokenised (default start)",
+            "hidden: the frozen network: start, the policy as it is loaded (after a warm start, that); random"
+            " (weights); or a name or folder, as of the base model; with another tokenizer the text is re-tokenised"
+            " (default start)",
         ),
     ] = None,
     unit_norm: Annotated[
@@ -99,7 +144,7 @@ def run(
     ] = None,
     ngram: Annotated[int | None, option(MATCHING, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
     dimension: Annotated[int | None, option(MATCHING, "ngram, match: buckets of the hash (default 2048)")] = None,
-    whitening: Annotated[str, option(MATCHING, "Of features, before they are compared.")] = "none",
+    whitening: Annotated[str | None, option(MATCHING, "Of features, before they are compared (default none)")] = None,
     calibration: Annotated[
         int | None, option(MATCHING, "population: batches that its moment is taken from (default 2)")
     ] = None,
@@ -111,8 +156,12 @@ def run(
     centred: Annotated[bool | None, option(MATCHING, "population: subtract the mean", "--centred")] = None,
     rank: Annotated[int | None, option(MATCHING, "population: directions kept (default all)")] = None,
     objective: Annotated[
-        str, option(MATCHING, "Reward of a rollout; several: combine:feature_matching+0.1*verifier.")
-    ] = "feature_matching",
+        str | None,
+        option(
+            MATCHING,
+            "Reward of a rollout; several: combine:feature_matching+0.1*verifier (default feature_matching)",
+        ),
+    ] = None,
     alignment: Annotated[
         str | None,
         option(
@@ -162,9 +211,10 @@ def run(
     energy: Annotated[
         str | None, option(MATCHING, "energy: its file, an energy.safetensors as the command tilt writes it")
     ] = None,
-    diversity: Annotated[float, option(MATCHING, "Weight of the diversity term; below 1 seeks modes.")] = 1.0,
-    # rloo_tuned wants the fewest rollouts: `python benchmarks/estimators.py FOLDER --collect`, docs/estimators.png
-    estimator: Annotated[str, option(MATCHING, "Baseline of the policy gradient.")] = "rloo_tuned",
+    diversity: Annotated[
+        float | None, option(MATCHING, "Weight of the diversity term; below 1 seeks modes (default 1)")
+    ] = None,
+    estimator: Annotated[str | None, option(MATCHING, "Baseline of the policy gradient (default rloo_tuned)")] = None,
     credit: Annotated[
         str | None,
         option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
@@ -181,24 +231,58 @@ def run(
         float | None, option(MATCHING, "--credit: λ of generalised advantages, 0 to 1; below 1 biased (default 1)")
     ] = None,
     drop_zero_spread: Annotated[
-        bool, option(MATCHING, "Leave out anchors whose rollouts all have one reward.", "--drop-zero-spread")
-    ] = False,
+        bool | None, option(MATCHING, "Leave out anchors whose rollouts all have one reward", "--drop-zero-spread")
+    ] = None,
     normalize_advantage: Annotated[
-        bool, option(MATCHING, "Standardise advantages over the batch.", "--normalize-advantage")
-    ] = False,
+        bool | None, option(MATCHING, "Standardise advantages over the batch", "--normalize-advantage")
+    ] = None,
     clip_advantage: Annotated[float | None, option(MATCHING, "Largest advantage by size (default none)")] = None,
-    steps: Annotated[int, option(TRAINING, "Updates.")] = 16,
-    batch: Annotated[int, option(TRAINING, "B, sequences in an update.")] = 8,
+    steps: Annotated[int | None, option(TRAINING, "Batches to train on (default 16)")] = None,
+    epochs: Annotated[
+        float | None, option(TRAINING, "Passes over the training sequences, instead of --steps (default none)")
+    ] = None,
+    batch: Annotated[int, option(TRAINING, "B, sequences in a batch.")] = 8,
     micro_batch: Annotated[
         int | None, option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
     ] = None,
-    lr: Annotated[float, option(TRAINING, "Learning rate of AdamW, after warm-up; falls linearly to 5 %.")] = 1e-3,
-    pg: Annotated[str, option(LOSS, "Policy gradient.")] = "reinforce",
+    optimizer: Annotated[str, option(TRAINING, "Of torch.optim, in small letters: adamw, sgd, ...")] = "adamw",
+    lr: Annotated[float, option(TRAINING, "Learning rate, after warm-up.")] = 1e-3,
+    lr_schedule: Annotated[
+        str, option(TRAINING, "constant, linear or cosine: what becomes of it after warm-up.")
+    ] = "linear",
+    warm_up: Annotated[
+        float | None, option(TRAINING, "Share of the steps over which it rises to --lr, 0 for none (default 0.1)")
+    ] = None,
+    lr_end: Annotated[
+        float | None, option(TRAINING, "linear, cosine: what is left of it at the last step (default 0.05; cosine 0.1)")
+    ] = None,
+    betas: Annotated[
+        str | None, option(TRAINING, "adam...: decay of the two moments (default 0.9,0.95 of adamw and adam)")
+    ] = None,
+    momentum: Annotated[float | None, option(TRAINING, "sgd, rmsprop, muon (default torch's)")] = None,
+    nesterov: Annotated[bool | None, option(TRAINING, "sgd, muon: momentum that looks ahead", "--nesterov")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, "(default 0 of adamw; of others torch's)")] = None,
+    eps: Annotated[float | None, option(TRAINING, "What the optimiser adds to divisors (default torch's)")] = None,
+    max_grad_norm: Annotated[float, option(TRAINING, "Clip gradients to this norm; 0 for no clipping.")] = 1.0,
+    ema: Annotated[
+        float | None,
+        option(
+            TRAINING,
+            "Keep a moving average of the weights with this weight for the past, as 0.99; the measurement after"
+            " training and policy/ are then of the average (default none)",
+        ),
+    ] = None,
+    pg: Annotated[str | None, option(LOSS, "Policy gradient (default reinforce; rlvr: clipped)")] = None,
     clip: Annotated[
         str | None,
         option(LOSS, "clipped, sequence_clipped, cispo: bounds of the ratio, 0.2 or 0.2,0.28"),
     ] = None,
-    updates: Annotated[int, option(LOSS, "Updates of the weights from each batch of rollouts.")] = 1,
+    updates: Annotated[
+        int | None, option(LOSS, "Passes over each batch of rollouts, each an update of the weights (default 1)")
+    ] = None,
+    minibatches: Annotated[
+        int | None, option(LOSS, "Equal parts of a batch, each an update of its own in every pass (default 1)")
+    ] = None,
     truncate_weights: Annotated[
         float | None,
         option(LOSS, "Weigh tokens by p of scoring over p of sampling, at most this (default: no weights)"),
@@ -212,16 +296,24 @@ def run(
         ),
     ] = None,
     normalization: Annotated[
-        str, option(LOSS, "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code).")
-    ] = "sequence",
-    pg_weight: Annotated[float, option(LOSS, "Weight of the policy gradient.")] = 1.0,
+        str | None,
+        option(
+            LOSS,
+            "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code)"
+            " (default sequence; rlvr: token)",
+        ),
+    ] = None,
+    pg_weight: Annotated[float | None, option(LOSS, "Weight of the policy gradient (default 1)")] = None,
     pg_schedule: Annotated[
         str | None, option(LOSS, "Of that weight: constant, linear_decay[:END] or warm_up[:SHARE] (default constant)")
     ] = None,
-    ce: Annotated[float, option(LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon.")] = 2.0,
+    ce: Annotated[
+        float | None,
+        option(LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon (default 2; sft: 1)"),
+    ] = None,
     ce_tokens: Annotated[str, option(LOSS, "Tokens under cross-entropy: all, answers, or auto.")] = "auto",
     ce_schedule: Annotated[str | None, option(LOSS, "Schedule of --ce (default constant)")] = None,
-    kl: Annotated[float, option(LOSS, "β, weight of the divergence from the start.")] = 0.0,
+    kl: Annotated[float | None, option(LOSS, "β, weight of the divergence from the start (default 0)")] = None,
     kl_mode: Annotated[
         str | None,
         option(
@@ -239,13 +331,15 @@ def run(
         float | None, option(LOSS, "Let --kl follow this divergence, in nats (default: constant)")
     ] = None,
     kl_stop: Annotated[float | None, option(LOSS, "End training above this divergence, in nats")] = None,
-    entropy: Annotated[float, option(LOSS, "Weight of a bonus on the policy's entropy.")] = 0.0,
+    entropy: Annotated[float | None, option(LOSS, "Weight of a bonus on the policy's entropy (default 0)")] = None,
     seed: Annotated[int, option(TRAINING, "Keys every random number of the run.")] = 0,
     held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     eval_every: Annotated[
         int, option(TRAINING, "Steps between further held-out measurements, kept in held_out.csv; 0 for none.")
     ] = 0,
-    out: Annotated[Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<features>-<sampler>)")] = None,
+    out: Annotated[
+        Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<method>-<features>-<sampler>)")
+    ] = None,
     resume: Annotated[bool, option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
     force: Annotated[
         bool, option(OUTPUT, "With --resume: go on with the options given here, though they differ.", "--force")
@@ -256,11 +350,11 @@ def run(
         str | None, option(OUTPUT, "Show metrics in tensorboard, wandb, mlflow or csv too (default none)")
     ] = None,
 ) -> None:
-    """Fine-tune a policy by feature matching and measure what that did to held-out text.
+    """Fine-tune a policy and measure what that did to held-out text.
 
-    Samples short rollouts from every nested prefix of the text, embeds them with a frozen feature map, and follows the
-    policy gradient of the distance between the feature moments of rollouts and text, mixed with cross-entropy (--ce)
-    and a divergence from the start (--kl).
+    By default (--method ebft) by feature matching: samples short rollouts from every nested prefix of the text, embeds
+    them with a frozen feature map, and follows the policy gradient of the distance between the feature moments of
+    rollouts and text, mixed with cross-entropy (--ce) and a divergence from the start (--kl).
     """
     from transformers.utils import logging
 
@@ -268,5 +362,5 @@ def run(
 
     logging.disable_progress_bar()
 
-    options, explicit = given_options(context, besides=("out", "resume", "force"))
+    options, explicit = given_options(context, besides=("config", "preset", "out", "resume", "force"))
     run_from_options(options, explicit=explicit, out=out, resume=resume, force=force, console=Console())

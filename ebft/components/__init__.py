@@ -12,19 +12,24 @@ from typing import Any
 from ebft.components.component import Component, select
 from ebft.components.features import FEATURES
 from ebft.components.joined import joined
+from ebft.components.methods import METHODS
 from ebft.components.objectives import ESTIMATORS, OBJECTIVES, combined
+from ebft.components.optimizers import LR_SCHEDULES, OPTIMIZERS
 from ebft.components.policy_gradients import POLICY_GRADIENTS
 from ebft.components.samplers import SAMPLERS
 from ebft.components.whitenings import WHITENINGS
 from ebft.errors import UsageError
 
 GROUPS = {
+    "method": METHODS,
     "sampler": SAMPLERS,
     "features": FEATURES,
     "whitening": WHITENINGS,
     "objective": OBJECTIVES,
     "estimator": ESTIMATORS,
     "pg": POLICY_GRADIENTS,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": LR_SCHEDULES,
 }
 OPTION_NAMES = tuple(
     dict.fromkeys(option for group in GROUPS.values() for entry in group.values() for option in entry.options)

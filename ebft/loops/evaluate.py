@@ -9,7 +9,10 @@ import torch
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.loops.train import Clock, Stage, at_step, score, whole_features
+from ebft.loops.clock import Clock
+from ebft.loops.scoring import score
+from ebft.loops.summary import whole_features
+from ebft.loops.train import Stage, at_step
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tensordict import TensorDictBase
 from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
+from ebft.loops.average import Average
 from ebft.loops.display import Display, result_table, stage_table, watch_line
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
 from ebft.loops.history import History
@@ -63,13 +65,18 @@ def run(
     controller: KLController | None = None,
     stateful: Mapping[str, checkpoint.Stateful] | None = None,
     training: Mapping[str, Any] | None = None,
+    measuring: Mapping[str, Stage] | None = None,
+    average: Average | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with the run whose checkpoints lie in `out`.
 
     Args:
-        policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`; the pipeline
-            serves held-out measurement too.
+        policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`.
+        measuring: pipeline of the held-out measurement, whose stages write rollouts, features and reward; None: the
+            one that is trained with.
+        average: of the weights. The measurement after training and the saved policy are then of the average; the last
+            weights themselves are in the last checkpoint.
         training: further arguments of `ebft.loops.train.train`, or other ones (scoring): micro_batch,
             max_grad_norm, updates, ...
         stateful: parts of the pipeline with a state that belongs into checkpoints, by name.
@@ -92,8 +99,12 @@ def run(
     """
     display = Display(console or Console())
     history, checkpoints, training = History(out), out / "checkpoints", dict(training or {})
+    measuring = pipeline if measuring is None else measuring
+    final_weights = nullcontext if average is None else average.applied
     training["observers"] = [*training.get("observers", ()), history.observe]
     states = {**(stateful or {}), "history": history, **({} if controller is None else {"controller": controller})}
+    if average is not None:
+        states["average"] = average
     saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "stateful": states}
     measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
     with exclusive(out), stop_requests() as stop:
@@ -101,7 +112,7 @@ def run(
         clean_up(checkpoints)
         before = _load_held(out)
         if before is None:
-            before = _measure(policy, pipeline, display, "held-out before", stop, **measure)
+            before = _measure(policy, measuring, display, "held-out before", stop, **measure)
             _save_held(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
         if start:  # a kill may have come between a checkpoint and the removal of older ones
@@ -111,7 +122,8 @@ def run(
         def measure_held_out(step: int) -> None:
             if eval_every:
                 label = f"held-out at step {step}"
-                now = _measure(policy, pipeline, display, label, stop, reference=reference, **measure)
+                with final_weights():
+                    now = _measure(policy, measuring, display, label, stop, reference=reference, **measure)
                 history.append_held_out(_held_out_row(step, before, now))
 
         if eval_every and not history.held_out:
@@ -131,6 +143,7 @@ def run(
             start=start,
             reference=reference,
             controller=controller,
+            average=average,
             **{"scoring": scoring, **training},
         )
         saved_step = start
@@ -155,7 +168,9 @@ def run(
         except NonFiniteLoss as error:
             kept = f"The checkpoint of step {saved_step} is kept." if saved_step else "There is no checkpoint yet."
             raise NonFiniteLoss(f"{error} {kept}") from error
-        after = _measure(policy, pipeline, display, "held-out after", stop, reference=reference, **measure)
+        with final_weights():
+            label = "held-out after" if average is None else "held-out after, averaged weights"
+            after = _measure(policy, measuring, display, label, stop, reference=reference, **measure)
         if eval_every:
             history.append_held_out(_held_out_row(len(history.rows), before, after))
 
@@ -168,9 +183,10 @@ def run(
         ]  # "before" of the later measurement is what came after
         write_json(out / "samples.json", samples)
         write_samples(samples, out / "samples.md")
-        policy.save_pretrained(out / "policy")
+        with final_weights():
+            policy.save_pretrained(out / "policy")
         write_report(out)
-    _print_result(display.console, result, out)
+    _print_result(display.console, result, out, averaged=average is not None)
     return result
 
 
@@ -244,7 +260,7 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
     }
 
 
-def _print_result(console: Console, result: Mapping[str, Any], out: Path) -> None:
+def _print_result(console: Console, result: Mapping[str, Any], out: Path, *, averaged: bool) -> None:
     console.print(result_table(result["metrics"], width=console.width))
     console.print(f"{result['n_sequences']} held-out sequences, {result['n_anchors']} anchors", highlight=False)
     console.print(stage_table(result["stages"]))
@@ -253,7 +269,8 @@ def _print_result(console: Console, result: Mapping[str, Any], out: Path) -> Non
         "samples.md": "held-out rollouts before and after",
         "metrics.csv": "one row a step",
         "config.json": "everything needed to repeat the run",
-        "policy/": "the trained model, for AutoModelForCausalLM.from_pretrained",
+        "policy/": f"the trained model{', its averaged weights (--ema)' * averaged}, for"
+        " AutoModelForCausalLM.from_pretrained",
     }
     for name, meaning in what.items():
         console.print(f"{out / name}{'/' if name.endswith('/') else ''}  {meaning}", soft_wrap=True, highlight=False)

@@ -19,26 +19,25 @@ def totals(td: TensorDictBase, *, cross_entropy_tokens: str = "auto") -> TensorD
     """Counts over a whole batch, by which the losses of its parts are to be divided.
 
     Args:
-        td: has ``anchor_mask`` [B,K], ``("rollout", "mask")`` [B,K,N,G], ``mask`` [B,T] and, optionally,
-            ``answer_mask`` and ``document_ids``.
+        td: has ``mask`` [B,T] and, optionally, ``answer_mask`` and ``document_ids``, and, where there are rollouts,
+            ``anchor_mask`` [B,K] and ``("rollout", "mask")`` [B,K,N,G].
         cross_entropy_tokens: as of the loss.
 
     Returns:
         A TensorDict of batch size [B] with ``("total", "rollouts")`` (of valid anchors), ``("total", "tokens")``
         (unmasked ones of those rollouts) and ``("total", "trunk_tokens")`` (under cross-entropy), float32, the same
-        number in every row: ``td.update(totals(td))``, then split.
+        number in every row: ``td.update(totals(td))``, then split. Without rollouts only the last of them.
 
     Raises:
         UsageError: a missing key or a wrong shape.
     """
-    schema.check(td, schema.ANCHOR_MASK, schema.ROLLOUT_MASK, schema.MASK)
+    drawn = td.get(schema.ROLLOUT_MASK, None) is not None
+    schema.check(td, schema.MASK, *([schema.ANCHOR_MASK, schema.ROLLOUT_MASK] if drawn else []))
     learnt = prediction_mask(td[schema.MASK], answers(td, cross_entropy_tokens), td.get(schema.DOCUMENT_IDS, None))
-    counts = {
-        schema.TOTAL_ROLLOUTS: count_rollouts(td),
-        schema.TOTAL_TOKENS: count_tokens(td),
-        schema.TOTAL_TRUNK_TOKENS: learnt.sum(),
-    }
-    rows = td[schema.ANCHOR_MASK].shape[0]
+    counts: dict[NestedKey, Tensor] = {schema.TOTAL_TRUNK_TOKENS: learnt.sum()}
+    if drawn:
+        counts |= {schema.TOTAL_ROLLOUTS: count_rollouts(td), schema.TOTAL_TOKENS: count_tokens(td)}
+    rows = td[schema.MASK].shape[0]
     result = TensorDict({}, batch_size=[rows])
     for key, count in counts.items():
         result.set(key, count.float().expand(rows).clone())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ebft import schema
 from ebft.loops.ablation.intervals import Jackknife, jackknife
 from ebft.loops.ablation.sketch import SKETCH
-from ebft.loops.train import whole_features
+from ebft.loops.summary import whole_features
 from ebft.objectives.counts import totals
 from ebft.objectives.diagnostics import gradient_signal_to_noise
 from ebft.objectives.losses import EBFTLoss

@@ -1,0 +1,74 @@
+"""What one watches of a batch: means over its anchors, and how much of its gradient is signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from ebft import schema
+from ebft.loops.scoring import has_rollouts
+from ebft.objectives.moments import (
+    conditional_feature_matching_loss,
+    distinct_rollouts,
+    effective_rollouts,
+    feature_matching_profile,
+)
+from ebft.objectives.scores import hold_last, whole
+
+
+def whole_features(td: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Features of whole rollouts [B,K,N,D] and targets [B,K,D]; where there are some per token, the last ones."""
+    rollout, target = td[schema.ROLLOUT_FEATURES], td[schema.TARGET_FEATURES]
+    if rollout.ndim == 4:
+        return rollout, target
+    return whole(rollout, td[schema.ROLLOUT_MASK]), whole(target, td[schema.TARGET_MASK])
+
+
+def summarise(td: TensorDictBase) -> dict[str, float]:
+    """Means over the valid anchors of a batch of what one watches; nothing of a batch without rollouts."""
+    if not has_rollouts(td):
+        return {}
+    valid = td[schema.ANCHOR_MASK]
+    rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
+    distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].float().mean() / rollouts
+    effective = effective_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].mean()
+    summary = {"reward": td[schema.REWARD][valid].mean().item(), "distinct_rollouts": distinct.item()}
+    summary["effective_rollouts"] = effective.item()
+    features = td.get(schema.ROLLOUT_FEATURES, None)
+    if rollouts > 1 and features is not None:
+        matching = conditional_feature_matching_loss(*whole_features(td))
+        summary["feature_matching_loss"] = matching[valid].mean().item()
+    if rollouts > 1 and features is not None and features.ndim == 5:
+        summary |= horizon_profile(td)
+    own = td.get("metrics", None)
+    return summary | ({} if own is None else {name: value[valid].mean().item() for name, value in own.items()})
+
+
+def horizon_profile(td: TensorDictBase) -> dict[str, float]:
+    """Feature-matching loss at horizons 1, 2, 4, ... and the last, from features per token; mean over valid anchors."""
+    held = [
+        hold_last(td[features], td[mask])
+        for features, mask in (
+            (schema.ROLLOUT_FEATURES, schema.ROLLOUT_MASK),
+            (schema.TARGET_FEATURES, schema.TARGET_MASK),
+        )
+    ]
+    profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0).tolist()  # [G]
+    horizons = sorted({len(profile), *(2**power for power in range(len(profile).bit_length()))})
+    return {f"feature_matching_loss_{g}": profile[g - 1] for g in horizons if g <= len(profile)}
+
+
+def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Of the gradients that they hold."""
+    norms = [p.grad.norm().double() for p in parameters if p.grad is not None]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+
+def shares(parts: Sequence[TensorDictBase]) -> list[float]:
+    """Share of a batch's sequences up to the end of each of its parts."""
+    rows = list(accumulate(len(part) for part in parts))
+    return [count / rows[-1] for count in rows]
