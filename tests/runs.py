@@ -1,7 +1,6 @@
 """Whole runs on a tiny model: the command line's options for one, and what it left."""
 
 import csv
-import inspect
 import io
 
 import torch
@@ -9,8 +8,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ebft import cli
 from ebft.assemble import build_pipeline, resolve_run, run_from_options, settle
+from ebft.commands.derived import run_defaults
 from ebft.data import load_documents, pack
 from ebft.policy import CausalPolicy
 
@@ -66,9 +65,7 @@ def write_tiny_text(folder):
 
 def tiny_options(folder, text):
     """The command line's options with their defaults, but for a tiny run."""
-    parameters = inspect.signature(cli.run).parameters
-    defaults = {name: p.default for name, p in parameters.items() if name not in ("context", "out", "resume", "force")}
-    return defaults | {
+    return run_defaults() | {
         "policy": str(folder), "data": str(text), "device": "cpu", "dtype": "float32", "lora": 0,
         "length": 32, "stride": 9, "first": 5, "horizon": 4, "rollouts": 3, "features": "hidden", "steps": 6,
         "batch": 3, "micro_batch": 2, "kl": 0.1, "lr": 0.01, "held_out": 6, "save_every": 2,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebft import schema
-from ebft.assemble import resolve_run
+from ebft.assemble import resolve_run, settle
 from ebft.assemble.reward import build_reward, decoder
 from ebft.data import Example, prompt_rows
 from ebft.loops.train import at_step, score
