@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ebft.commands.derived import run_defaults
 from ebft.commands.options import DATA, MODEL, OUTPUT, given_options, option
 from ebft.commands.run import run
 
@@ -78,8 +78,4 @@ def signal(
 
     logging.disable_progress_bar()
     options, _ = given_options(context, besides=("out",))
-    parameters_of_run = inspect.signature(run).parameters
-    base = {
-        name: p.default for name, p in parameters_of_run.items() if name not in ("context", "out", "resume", "force")
-    }
-    signal_from_options(options, base=base, hints=typing.get_type_hints(run), out=out, console=Console())
+    signal_from_options(options, base=run_defaults(), hints=typing.get_type_hints(run), out=out, console=Console())
