@@ -325,11 +325,10 @@ def test_a_moment_never_whitens_the_rollouts_it_is_of(saved):
     parts = [embed(part.clone()) for part in td.split(3)]
     rewarded = {}
     for whitened, others in (((0, 2), (1,)), ((1,), (0, 2))):
-        options = settle(options)
-        values = build_values(options, resolved)
+        values = build_values(settle(options), resolved)
         for other in others:
             observe_moments(values["feature_matching"], parts[other])
-        stage = build_reward(options, resolved, decode=str, values=values)
+        stage = build_reward(settle(options), resolved, decode=str, values=values)
         rewarded.update({number: stage(parts[number].clone()) for number in whitened})
     expected = measure([rewarded[number] for number in range(3)], EBFTLoss()).metrics["reward_spread"].value
     found = replay(saved, {"whitening": ["population"]}, features="ngram", dimension=64)
