@@ -272,7 +272,7 @@ def run(
             " training and policy/ are then of the average (default none)",
         ),
     ] = None,
-    pg: Annotated[str | None, option(LOSS, "Policy gradient (default reinforce; rlvr: clipped)")] = None,
+    pg: Annotated[str | None, option(LOSS, "Policy gradient (default reinforce)")] = None,
     clip: Annotated[
         str | None,
         option(LOSS, "clipped, sequence_clipped, cispo: bounds of the ratio, 0.2 or 0.2,0.28"),
@@ -299,8 +299,7 @@ def run(
         str | None,
         option(
             LOSS,
-            "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code)"
-            " (default sequence; rlvr: token)",
+            "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code) (default sequence)",
         ),
     ] = None,
     pg_weight: Annotated[float | None, option(LOSS, "Weight of the policy gradient (default 1)")] = None,
