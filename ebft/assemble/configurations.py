@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ebft.assemble.checks import OF_TOKENS
+from ebft.assemble.checks import OF_TOKENS, settle
 from ebft.components import GROUPS
 from ebft.components.component import nearest
 from ebft.components.objectives import MATCHING
@@ -46,7 +46,7 @@ def parse_configuration(text: str, *, base: Mapping[str, Any], hints: Mapping[st
     name = (name if colon else text).strip()
     own = parse_settings(settings, hints=hints)
     options = {**dict.fromkeys(OF_STRATA), **base, **own}
-    check_strata(options)
+    check_strata(settle(options))
     if options["first_token"] is not None:
         if "estimator" in own:
             raise UsageError(f"{settings!r}: strata have an estimator of their own; leave out estimator")

@@ -80,9 +80,9 @@ def signal_from_options(
     if reference not in names:
         raise UsageError(f"--reference {reference!r}: expected the name of a configuration, one of {', '.join(names)}")
     resolved = [_resolve(name, settings) for name, settings in configurations]
+    configurations = [(name, settle(settings)) for name, settings in configurations]
     if options["allocate"]:
         _check_allocation(configurations[0][1])
-    configurations = [(name, settle(settings)) for name, settings in configurations]
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-signal"
 
     data = read_data(base)

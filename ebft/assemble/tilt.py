@@ -16,6 +16,7 @@ from ebft.assemble.config import versions
 from ebft.assemble.pipeline import build_features, build_sampler
 from ebft.assemble.rows import pack_data, read_data
 from ebft.components import OPTION_NAMES, resolve_options
+from ebft.components.methods import METHOD_OPTIONS
 from ebft.draw import check_sampling
 from ebft.errors import UsageError
 from ebft.features.contract import as_module
@@ -49,7 +50,9 @@ def tilt_from_options(options: Mapping[str, Any], *, out: Path | None, console: 
     """
     _check(options)
     chosen = {group: options[group] for group in ("sampler", "features")}
-    resolved = resolve_options(chosen, {name: value for name, value in options.items() if name in OPTION_NAMES})
+    resolved = resolve_options(
+        chosen, {name: options[name] for name in OPTION_NAMES if name in options and name not in METHOD_OPTIONS}
+    )
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-tilt-{options['features'].replace(':', '-')}"
     if out.exists():
         open_folder(out, resume=False)  # refused before the work
