@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from ebft import cli
+from ebft.assemble.rows import read_data
+from ebft.commands.derived import run_defaults
 from ebft.data.examples import Example
 from ebft.data.named import DATA_SETS, DataSet
 from tests.runs import go
@@ -54,6 +56,16 @@ def values(folder, kind="sequences"):
     return {(e["metric"], e["of"], e["at"]): e for e in found}
 
 
+def problems(path, *, count=30):
+    """A file of functions to write; each answer passes its own test only."""
+    lines = [
+        {"prompt": f"def f{i}(x):\n", "answer": f"    return x + {i}\n", "tests": [f"assert f{i}(1) == {i + 1}"]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def test_evaluate_measures_and_writes_everything(call, tmp_path):
     code, out, err = call("evaluate")
     assert code == 0, err
@@ -93,12 +105,7 @@ def test_quick_gives_way_to_what_is_given(call, tmp_path):
 
 
 def test_answers_to_prompts(call, tmp_path):
-    lines = [
-        {"prompt": f"def f{i}(x):\n", "answer": f"    return x + {i}\n", "tests": [f"assert f{i}(1) == {i + 1}"]}
-        for i in range(30)
-    ]
-    data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = problems(tmp_path / "problems.jsonl")
     code, out, err = call(
         "evaluate", data=data, first=1, stride=3, horizons="1,2", answers=2, max_new_tokens=5, prompts=4, k="1,2",
         length=40,
@@ -212,3 +219,48 @@ def test_the_embedded_models(call, tmp_path):
     found = values(tmp_path / "out")
     assert 1.5 < found["cross_entropy", "all", None]["value"] < 6
     assert found["feature_matching_loss", "sbert", 4]["value"] is not None
+
+
+def test_plain_text_with_the_prompts_of_other_data_and_a_greedy_answer(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebft.sandbox.weaknesses", lambda isolation=None: ["other processes can be seen"])
+    data = problems(tmp_path / "problems.jsonl")
+    wanted = {"prompts_from": data, "greedy": True, "answers": 2, "k": "1,2", "max_new_tokens": 4, "prompts": 3}
+    code, out, err = call("evaluate", horizons="1,2", prompt_length=60, **wanted)
+    assert code == 0, err
+    assert out.count("not whole on this machine: other processes can be seen") == 1
+    found = values(tmp_path / "out", "prompts")
+    assert ("pass_at_k", "greedy", 1) in found
+    assert ("corpus_bleu", "greedy", None) in found
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert all(len(line["answers"]) == 2 and isinstance(line["greedy"], str) for line in lines)
+    # the greedy answers are those of an evaluation at temperature 0
+    cold = {"prompts_from": data, "answers": 1, "answer_temperature": 0, "max_new_tokens": 4, "prompts": 3}
+    code, _, err = call("evaluate", horizons="1,2", prompt_length=60, out=tmp_path / "cold", **cold)
+    assert code == 0, err
+    again = [json.loads(line) for line in (tmp_path / "cold" / "answers.jsonl").read_text().splitlines()]
+    assert [line["greedy"] for line in lines] == [line["answers"][0] for line in again]
+    for name in ("sentence_chrf", "pass_at_k"):
+        assert found[name, "greedy", 1]["value"] == values(tmp_path / "cold", "prompts")[name, "", 1]["value"]
+
+    longer = data.read_text().replace("def f", "# twice as long a prompt as the others have\\ndef f", 15)
+    data.write_text(longer)
+    code, out, err = call("evaluate", horizons="1,2", prompt_length=20, out=tmp_path / "short", **cold)
+    assert code == 0, err
+    held = read_data({**run_defaults(), "data": str(data)}).held_out
+    long = sum(example.prompt.startswith("#") for example in held)
+    assert 0 < long < len(held)
+    assert f"{long} of {len(held)} prompts are longer than --prompt-length and are left out" in " ".join(out.split())
+    code, _, err = call("evaluate", prompts_from=tmp_path / "module.txt", out=tmp_path / "none")
+    assert code == 2
+    assert "module.txt" in err
+
+
+def test_halves_of_the_held_out_texts(call, options, tmp_path):
+    whole = read_data(options).held_out
+    halves = [read_data({**options, "split": name}).held_out for name in ("validation", "test")]
+    assert all(halves)
+    assert sorted(document.name for part in halves for document in part) == sorted(d.name for d in whole)
+    assert read_data({**options, "split": "test"}).train == read_data(options).train
+    code, _, err = call("evaluate", split="tests")
+    assert code == 2
+    assert "--split 'tests': expected one of validation, test" in err

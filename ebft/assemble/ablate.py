@@ -25,7 +25,7 @@ from ebft.loops.ablation.tables import compare, study_markdown, study_table
 from ebft.loops.run import open_folder
 
 # Options that say what a metric measures; metrics that are not here mean the same in every cell.
-_TEXT = ("data", "text_field", "prompt_field", "answer_field", "chat", "length", "held_out")
+_TEXT = ("data", "text_field", "prompt_field", "answer_field", "chat", "split", "length", "held_out")
 _SAMPLING = (*of_components("sampler"), "horizon", "rollouts", "temperature", "top_p")
 _FEATURES = (*_TEXT, *_SAMPLING, *of_components("features"))
 YARDSTICKS = {

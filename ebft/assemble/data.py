@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ebft.assemble.protections import say_protections
 from ebft.data.card import QUANTILES, part_rows, sample
+from ebft.data.examples import Example
 from ebft.data.named import DATA_SETS, load_parts
 from ebft.loading import load_tokenizer
 
@@ -41,6 +43,8 @@ def print_card(name: str, *, policy: str, console: Console) -> None:
         for row in part_rows(part, items, tokenizer):
             table.add_row(f"{row['part']} {row['what']}", *(f"{row[column]:,}" for column in columns))
     console.print(table)
+    if any(isinstance(item, Example) and item.tests for items in parts.values() for item in items):
+        say_protections(console)
     first = next(iter(parts.values()))
     for key, value in sample(first).items():
         if not value:

@@ -21,6 +21,7 @@ from ebft.assemble.evaluation import (
     prepare,
     settle_options,
 )
+from ebft.assemble.protections import say_protections
 from ebft.files import clear_disk_errors, make_folder, write_atomically, write_json
 from ebft.loops.display import Display
 from ebft.loops.evaluation.plot import evaluation_png
@@ -70,10 +71,10 @@ def evaluate_from_options(
     }
     with clear_disk_errors(out):
         make_folder(out)
-    write_json(out / "evaluation.json", result)
     write_measured(out, measured, evaluation)
     entries = [entry for found in values.values() for entry in found]
     write_atomically(out / "evaluation.png", evaluation_png({name: entries}, title=f"{name} on {options['data']}"))
+    write_json(out / "evaluation.json", result)  # last: where it is, the evaluation is whole
     print_grids(console, side_by_side(entries))
     console.print(legend(options), highlight=False)
     for file, meaning in _FILES.items():
@@ -101,6 +102,8 @@ def announce(evaluation: Evaluation, console: Console) -> None:
     )
     for note in evaluation.notes:
         console.print(note, highlight=False, soft_wrap=True)
+    if evaluation.prompts is not None and any(example.tests for example in evaluation.prompts.examples):
+        say_protections(console)
 
 
 def legend(options: Mapping[str, Any]) -> str:
@@ -118,5 +121,7 @@ def write_measured(folder: Path, measured: Measured, evaluation: Evaluation) -> 
     if evaluation.prompts is not None:
         pairs = zip(evaluation.prompts.examples, measured.answers, strict=True)
         lines = [{"prompt": e.prompt, "answer": e.answer, "answers": texts} for e, texts in pairs]
+        for line, text in zip(lines, measured.greedy, strict=False):  # none without --greedy
+            line["greedy"] = text
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(folder / "answers.jsonl", content.encode("utf-8", "backslashreplace"))

@@ -33,7 +33,10 @@ MAP_OPTIONS = tuple(dict.fromkeys(option for entry in FEATURES.values() for opti
 _OF_THE_DATA = ("data", "text_field", "prompt_field", "answer_field", "chat", "length")
 # What --quick takes for options that are not given.
 QUICK = {"held_out": 8, "prompts": 8, "horizons": "1,2,4,8"}
-_ANSWERS = ("prompts", "answers", "answer_temperature", "max_new_tokens", "k", "test_prompt", "test_timeout")
+_ANSWERS = (
+    *("prompts", "prompt_length", "answers", "greedy", "answer_temperature", "max_new_tokens", "k"),
+    *("test_prompt", "test_timeout"),
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ def prepare(policy: CausalPolicy, name: str, options: Mapping[str, Any], data: D
         made = choose("features", feature).build(policy, start or policy, **own)
         maps[feature] = made.embed
         notes.append(f"{feature}: {made.note}")
-    prompts = _prompts(data, policy, options) if data.answers else None
+    asked = read_data(_elsewhere(options), training=False) if options["prompts_from"] is not None else data
+    prompts = _prompts(asked, policy, options) if asked.answers else None
+    if prompts is not None and (left_out := len(asked.held_out) - prompts.fitting):
+        notes.append(f"{left_out} of {len(asked.held_out)} prompts are longer than --prompt-length and are left out")
     return Evaluation(options, place, data, rows, maps, horizons, prompts, notes)
 
 
@@ -162,9 +168,14 @@ def new_folder(out: Path | None, what: str) -> Path:
 
 
 def load_data(options: Mapping[str, Any], explicit: Collection[str]) -> Data:
-    """What --data names; refuses options of answers for data without prompts."""
+    """What --data names; refuses options of answers where there are no prompts, and other prompts that are none."""
     data = read_data(options, training=False)
-    if not data.answers:
+    if options["prompts_from"] is not None:
+        if not read_data(_elsewhere(options), training=False).answers:
+            raise UsageError(
+                f"--prompts-from {options['prompts_from']} is plain text: expected data with prompts and answers"
+            )
+    elif not data.answers:
         for name in _ANSWERS:
             if name in explicit:
                 raise UsageError(
@@ -172,6 +183,12 @@ def load_data(options: Mapping[str, Any], explicit: Collection[str]) -> Data:
                     " plain text"
                 )
     return data
+
+
+def _elsewhere(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the data of --prompts-from, all of its held-out part."""
+    fields = dict.fromkeys(("text_field", "prompt_field", "answer_field", "split"))
+    return {**options, **fields, "data": options["prompts_from"]}
 
 
 def _horizons(packed: TensorDictBase, options: Mapping[str, Any], place: Mapping[str, Mapping]) -> list[int]:
@@ -214,8 +231,9 @@ def _start(policy: CausalPolicy, name: str, options: Mapping[str, Any]) -> tuple
 
 
 def _prompts(data: Data, policy: CausalPolicy, options: Mapping[str, Any]) -> Prompts:
-    rows = prompt_rows(data.held_out, policy.tokenizer, length=options["length"], chat=options["chat"])  # type: ignore[arg-type]
-    rows = spread_rows(rows, options["prompts"])
+    length = options["prompt_length"] or options["length"]
+    fitting = prompt_rows(data.held_out, policy.tokenizer, length=length, chat=options["chat"])  # type: ignore[arg-type]
+    rows = spread_rows(fitting, options["prompts"])
     examples = [data.held_out[i] for i in rows[schema.EXAMPLE].tolist()]
     if policy.tokenizer.eos_token_id is None:
         raise UsageError("the policy's tokenizer has no EOS token, at which answers end")
@@ -229,7 +247,7 @@ def _prompts(data: Data, policy: CausalPolicy, options: Mapping[str, Any]) -> Pr
         "temperature": options["answer_temperature"],
         "top_p": options["top_p"],
     }
-    return Prompts(rows, examples, settings)  # type: ignore[arg-type]
+    return Prompts(rows, examples, settings, greedy=options["greedy"], fitting=len(fitting))  # type: ignore[arg-type]
 
 
 def _ks(options: Mapping[str, Any]) -> list[int]:
@@ -246,6 +264,7 @@ def _check(options: Mapping[str, Any]) -> None:
     check_sampling(temperature=options["temperature"], top_p=options["top_p"])
     check_sampling(temperature=options["answer_temperature"])
     least = {"rollouts": 2, "prompts": 1, "answers": 1, "max_new_tokens": 1, "bootstrap": 2, "test_timeout": 1e-3}
+    least |= {"prompt_length": 1} if options["prompt_length"] is not None else {}
     for name, minimum in least.items():
         if options[name] < minimum:
             raise UsageError(f"--{name.replace('_', '-')} {options[name]}: expected a number >= {minimum}")

@@ -15,7 +15,7 @@ from ebft import schema
 from ebft.data.documents import Document
 from ebft.data.example_rows import count_unfit, pack_examples
 from ebft.data.examples import Example, Fields
-from ebft.data.named import DATA_SETS, load_parts
+from ebft.data.named import DATA_SETS, half, load_parts
 from ebft.data.packing import pack
 from ebft.errors import UsageError
 from ebft.samplers.anchors import strided
@@ -57,6 +57,8 @@ def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
         raise UsageError(f"--data {source} is for evaluation alone, never for training: choose other data")
     train: Any = parts.get("training", ())
     held_out = parts["held out"] if "training" in parts else parts["evaluation"]
+    if options.get("split") is not None:
+        held_out = half(held_out, options["split"])
     answers = isinstance(held_out[0], Example)
     if options["chat"] and not answers:
         raise UsageError(

@@ -29,6 +29,7 @@ from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.optimizer import build_average, build_optimizer
 from ebft.assemble.pipeline import build_features, build_pipeline, training_stages
 from ebft.assemble.policy import load_policy
+from ebft.assemble.protections import say_protections
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
 from ebft.errors import UsageError
@@ -87,6 +88,8 @@ def run_from_options(
     values = build_values(options, resolved)
     features = build_features(policy, reference, options, resolved)
     console.print(f"features: {features.note}", highlight=False, soft_wrap=True)
+    if resolved["objective"].get("verifier") == "unit_tests":
+        say_protections(console)
     measuring = build_pipeline(
         policy, reference, options, resolved, values, answers=data.answers, feature_map=features.embed
     )

@@ -39,6 +39,10 @@ def evaluate(
     prompt_field: Annotated[str | None, option(DATA, "Field that holds the prompt (default prompt)")] = None,
     answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
     chat: Annotated[bool, option(DATA, "Put prompts into the model's chat template.", "--chat")] = False,
+    split: Annotated[
+        str | None,
+        option(DATA, "Half of the held-out texts that is measured: validation or test (default: both)"),
+    ] = None,
     length: Annotated[int, option(DATA, "T, tokens of a sequence; for a run's policy, by default the run's.")] = 128,
     held_out: Annotated[int, option(DATA, "Held-out sequences.")] = 32,
     sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
@@ -77,6 +81,17 @@ def evaluate(
     ngram: Annotated[int | None, option(FEATURES, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
     dimension: Annotated[int | None, option(FEATURES, "ngram, match: buckets of the hash (default 2048)")] = None,
     prompts: Annotated[int, option(ANSWERS, "Held-out prompts.")] = 32,
+    prompts_from: Annotated[
+        str | None,
+        option(ANSWERS, "Other data whose prompts are answered, as humaneval beside --data stdlib (default --data)"),
+    ] = None,
+    prompt_length: Annotated[
+        int | None,
+        option(ANSWERS, "Tokens of a prompt at most; longer ones are left out (default --length)"),
+    ] = None,
+    greedy: Annotated[
+        bool, option(ANSWERS, "Give one more answer to each prompt, at temperature 0, and judge it apart.", "--greedy")
+    ] = False,
     answers: Annotated[int, option(ANSWERS, "N, answers to each prompt.")] = 4,
     answer_temperature: Annotated[float, option(ANSWERS, "Sampling temperature of answers; 0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, option(ANSWERS, "Tokens of an answer at most.")] = 128,

@@ -95,6 +95,14 @@ def run(
     chat: Annotated[
         bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")
     ] = False,
+    split: Annotated[
+        str | None,
+        option(
+            DATA,
+            "Half of the held-out texts that is measured: validation, to make choices on, or test, to judge them on"
+            " (default: both)",
+        ),
+    ] = None,
     length: Annotated[int, option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
     sampler: Annotated[
         str | None, option(SAMPLING, "Where rollouts start and how they are drawn (default strided)")

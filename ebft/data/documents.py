@@ -69,7 +69,9 @@ def load_documents(source: str, *, text_field: str | None = None) -> list[Docume
     return _load_hub(source, field)
 
 
-def split_documents(documents: Sequence[Document], *, held_out: float = 0.1) -> tuple[list[Document], list[Document]]:
+def split_documents(
+    documents: Sequence[Document], *, held_out: float = 0.1, salt: str = ""
+) -> tuple[list[Document], list[Document]]:
     """Split into (train, held out) by a hash of each text.
 
     A document's side depends on its own text alone, so it stays when others come or go, and copies of a text land on
@@ -78,6 +80,7 @@ def split_documents(documents: Sequence[Document], *, held_out: float = 0.1) -> 
 
     Args:
         held_out: the expected fraction of held-out documents (of one text: the fraction of its characters).
+        salt: another one splits independently of this one.
 
     Raises:
         UsageError: no documents, `held_out` outside (0, 1), or a single text without a line boundary to cut at.
@@ -86,7 +89,7 @@ def split_documents(documents: Sequence[Document], *, held_out: float = 0.1) -> 
     if len(texts) == 1 and 0 < held_out < 1:
         head, tail = _cut(documents[0], fraction=1 - held_out)
         return [head], [tail]
-    return split_by(documents, lambda document: document.text, held_out=held_out)
+    return split_by(documents, lambda document: salt + document.text, held_out=held_out)
 
 
 def _refuse_text_field(text_field: str | None, what: str) -> None:

@@ -73,9 +73,17 @@ def has_examples(source: str, *, fields: Fields | None = None) -> bool:
     return first is not None and {fields.prompt, fields.answer} <= first[1].keys()
 
 
-def split_examples(examples: Sequence[Example], *, held_out: float = 0.1) -> tuple[list[Example], list[Example]]:
-    """Split into (train, held out) by a hash of each example's group, or prompt; see `split.split_by`."""
-    return split_by(examples, lambda example: example.group or example.prompt, held_out=held_out, what="examples")
+def split_examples(
+    examples: Sequence[Example], *, held_out: float = 0.1, salt: str = ""
+) -> tuple[list[Example], list[Example]]:
+    """Split into (train, held out) by a hash of each example's group, or prompt; see `split.split_by`.
+
+    Args:
+        salt: another one splits independently of this one.
+    """
+    return split_by(
+        examples, lambda example: salt + (example.group or example.prompt), held_out=held_out, what="examples"
+    )
 
 
 def _table(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:

@@ -13,6 +13,9 @@ from ebft.data import qa_code, translation
 from ebft.data.build import COUNTS
 from ebft.data.documents import STDLIB, Document, load_documents, split_documents
 from ebft.data.examples import Example, Fields, has_examples, load_examples, split_examples
+from ebft.errors import UsageError
+
+HALVES = ("validation", "test")  # of held-out data: choices are made on the first and judged on the second
 
 Parts = dict[str, Sequence[Example] | Sequence[Document]]
 
@@ -104,6 +107,21 @@ def load_parts(source: str, *, fields: Fields | None = None, text_field: str | N
     return _split(load_documents(source, text_field=text_field))
 
 
+def half(items: Sequence[Example] | Sequence[Document], name: str) -> Sequence[Example] | Sequence[Document]:
+    """The validation or the test half of held-out items: split as training and held-out items are, but independently.
+
+    Raises:
+        UsageError: a name that is not in `HALVES`, or items that cannot be split.
+    """
+    if name not in HALVES:
+        raise UsageError(f"--split {name!r}: expected one of {', '.join(HALVES)}")
+    return dict(zip(HALVES, _sides(items, held_out=0.5, salt="halves: "), strict=True))[name]
+
+
 def _split(items: list[Example] | list[Document]) -> Parts:
+    return dict(zip(("training", "held out"), _sides(items), strict=True))
+
+
+def _sides(items: Sequence[Example] | Sequence[Document], **options: Any) -> tuple[list, list]:
     split: Any = split_documents if isinstance(items[0], Document) else split_examples
-    return dict(zip(("training", "held out"), split(items), strict=True))
+    return split(items, **options)

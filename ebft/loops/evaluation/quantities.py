@@ -16,6 +16,7 @@ MATCHING, ALIGNMENT, SIMILARITY, REWARD = "feature_matching_loss", "alignment", 
 DISTINCT, DUPLICATES, COPIES = "distinct_rollouts", "duplicate_rollouts", "copies_of_the_target"
 ENTROPY, SURPRISAL, GAP, DRIFT = "entropy", "surprisal", "entropy_gap", "entropy_drift"
 GENERATED, DATA = "generated", "data"
+GREEDY = "greedy"  # of the one answer at temperature 0
 BLEU, BLEU_STATISTICS = "corpus_bleu", "bleu_statistics"
 
 
@@ -51,16 +52,16 @@ def derived(sums: Mapping[Quantity, Tensor], counts: Mapping[Quantity, Tensor]) 
     arXiv 1906.05664, find that it is above 0).
     """
     values: dict[Quantity, Tensor] = {}
-    statistics = []
+    statistics: dict[str, list[Tensor]] = {}
     for quantity, total in sums.items():
         if quantity.metric == BLEU_STATISTICS:
-            statistics.append(total)
+            statistics.setdefault(quantity.of, []).append(total)
             continue
         values[quantity] = total / counts[quantity]
         if quantity.metric == CROSS_ENTROPY:
             values[quantity._replace(metric=PERPLEXITY)] = values[quantity].exp()
-    if statistics:
-        values[Quantity(BLEU)] = corpus_bleu(torch.stack(statistics, -1))
+    for of, parts in statistics.items():
+        values[Quantity(BLEU, of)] = corpus_bleu(torch.stack(parts, -1))
     gaps = {
         q.at: value - values[Quantity(ENTROPY, DATA, q.at)]
         for q, value in values.items()

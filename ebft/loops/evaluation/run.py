@@ -13,7 +13,7 @@ from ebft.data.examples import Example
 from ebft.features.contract import FeatureMap
 from ebft.loops.display import Display
 from ebft.loops.evaluation.prompts import measure_answers
-from ebft.loops.evaluation.quantities import Totals, concatenate
+from ebft.loops.evaluation.quantities import GREEDY, Totals, concatenate
 from ebft.loops.evaluation.rollouts import measure_rollouts
 from ebft.loops.interrupt import Interrupted
 from ebft.loops.train import Stage
@@ -30,14 +30,17 @@ class Prompts:
     rows: TensorDictBase
     examples: Sequence[Example]
     settings: Mapping[str, Any]  # of `measure_answers`: samples, ks, max_new_tokens, temperature, ...
+    greedy: bool = False  # whether one more answer is given, at temperature 0
+    fitting: int = 0  # prompts that are short enough; `rows` are some of them
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Totals of one policy by kind of unit, and the answers it gave."""
+    """Totals of one policy by kind of unit, and the answers it gave: those drawn, and the greedy one of each prompt."""
 
     totals: Mapping[str, Totals]
     answers: list[list[str]] = field(default_factory=list)
+    greedy: list[str] = field(default_factory=list)
 
 
 def measure_policy(
@@ -80,17 +83,25 @@ def measure_policy(
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     batches = measure_rollouts(policy, sample, maps, rows, horizons=horizons, scoring=scoring, **options)
-    totals = {SEQUENCES: concatenate(track(batches, "rollouts", len(rows)))}
+    totals: dict[str, Totals] = {SEQUENCES: concatenate(track(batches, "rollouts", len(rows)))}
     if prompts is None:
         return Measured(totals)
     assert engine is not None
     assert decode is not None
-    answered = track(
-        measure_answers(
-            engine, decode, prompts.rows, prompts.examples, device=policy.device, **prompts.settings, **options
-        ),
-        "answers",
-        len(prompts.rows),
-    )
-    totals[PROMPTS] = concatenate([found for found, _ in answered])
-    return Measured(totals, [group for _, texts in answered for group in texts])
+
+    def answer(label: str, **changes: Any) -> tuple[Totals, list[list[str]]]:
+        settings = {**prompts.settings, **changes, **options}
+        answered = track(
+            measure_answers(engine, decode, prompts.rows, prompts.examples, device=policy.device, **settings),
+            label,
+            len(prompts.rows),
+        )
+        return concatenate([found for found, _ in answered]), [group for _, texts in answered for group in texts]
+
+    drawn, answers = answer("answers")
+    totals[PROMPTS] = drawn
+    if not prompts.greedy:
+        return Measured(totals, answers)
+    best, single = answer("greedy answers", samples=1, ks=[1], temperature=0.0)
+    totals[PROMPTS] = {**drawn, **{quantity._replace(of=GREEDY): total for quantity, total in best.items()}}
+    return Measured(totals, answers, [text for (text,) in single])

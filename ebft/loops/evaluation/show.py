@@ -56,6 +56,8 @@ def cell(entry: Entry | None) -> str:
 def title(entry: Entry) -> str:
     """What a quantity is called in a table."""
     text = TITLES.get(entry["metric"], entry["metric"].replace("_", " "))
+    if entry["metric"] in _AT_K and entry["of"] == names.GREEDY:
+        return f"{text}, greedy"
     if entry["metric"] in _AT_K:
         return f"{text}@{entry['at']}" if entry["metric"] == prompts.PASS else f"{text}, best of {entry['at']}"
     if entry["metric"] in (names.CROSS_ENTROPY, names.PERPLEXITY):
