@@ -197,15 +197,15 @@ def test_passes_are_counted_in_batches(run, tmp_path):
 
 
 def test_an_unknown_preset(run):
-    code, err = run("--preset", "paper-qa")
+    code, err = run("--preset", "paper-qa-cod")
     assert code == 2
-    assert "unknown preset 'paper-qa' (did you mean 'paper-qa-code'?)" in err
+    assert "unknown preset 'paper-qa-cod' (did you mean 'paper-qa-code'?)" in err
 
 
 def test_a_config_goes_before_a_preset_in_either_order(run, tmp_path):
     (tmp_path / "run.yaml").write_text(TINY)
     assert read_option_file(tmp_path / "run.yaml")["clip"] == 0.3
-    small = ["--preset", "paper-small", "--pg", "clipped"]
+    small = ["--preset", "paper", "--pg", "clipped"]
     for order in (["--config", "run.yaml", *small], [*small, "--config", "run.yaml"]):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         code, err = run(*order, "--features", "hidden", "--out", "out")

@@ -23,6 +23,7 @@ PER_TOKEN = {"pooling": "none", "credit": "reward_to_go"}
     "chosen",
     [
         {"features": "join:hidden+0.5*ngram"},
+        {"features": "join:hidden+match"},  # their pooling has different defaults
         {"features": "ngram", "dimension": 64, "whitening": "group"},
         {"whitening": "group", "alignment": "cosine"},
         {"whitening": "sample", "alignment": "cosine"},

@@ -39,8 +39,8 @@ def run(
         str | None,
         option(
             METHOD,
-            "Options of the paper: paper-qa-code, paper-code, paper-translation, or paper-small for a CPU; --config and"
-            " flags go before it.",
+            "Options of the paper: paper-qa-code, paper-code, paper-translation, or paper, its recipe at a CPU's size;"
+            " --config and flags go before it.",
             is_eager=True,
             callback=from_preset,
         ),

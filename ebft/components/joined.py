@@ -11,7 +11,10 @@ from ebft.policy import CausalPolicy
 
 
 def joined(text: str) -> Component:
-    """`hidden+0.5*sbert`: the parts, each of unit norm, side by side, with weights."""
+    """`hidden+0.5*sbert`: the parts, each of unit norm, side by side, with weights.
+
+    An option of several parts whose defaults differ has the default None: to each part its own.
+    """
     parts = weighted_names(text, group="features", prefix="join", known=FEATURES)
     entries = {name: FEATURES[name] for name in parts}
 
@@ -19,12 +22,18 @@ def joined(text: str) -> Component:
         from ebft.features.join import join
 
         maps = [
-            entry.build(policy, reference, **{option: options[option] for option in entry.options})
+            entry.build(
+                policy,
+                reference,
+                **{name: own if options[name] is None else options[name] for name, own in entry.options.items()},
+            )
             for entry in entries.values()
         ]
         made = join([part.embed for part in maps], list(parts.values()))
         return NotedMap(made, "; ".join(part.note for part in maps))
 
-    return Component(
-        f"{text} side by side", {o: v for entry in entries.values() for o, v in entry.options.items()}, build
-    )
+    defaults: dict[str, Any] = {}
+    for entry in entries.values():
+        for name, value in entry.options.items():
+            defaults[name] = value if defaults.setdefault(name, value) == value else None
+    return Component(f"{text} side by side", defaults, build)

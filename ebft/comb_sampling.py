@@ -1,0 +1,126 @@
+"""Sampling over combs: rollouts from every nested prefix, the prefixes shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebft import attention
+from ebft.draw import check_sampling, draw, keyed_uniform, sampling_log_probs
+from ebft.layout import NestedPrefixLayout
+
+if TYPE_CHECKING:
+    from ebft.policy import CausalPolicy
+
+
+@torch.no_grad()
+def sample(
+    policy: CausalPolicy,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    anchors: torch.Tensor,
+    anchor_mask: torch.Tensor,
+    *,
+    rollouts: int,
+    horizon: int,
+    seed: int | torch.Tensor,
+    sequence_ids: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    eos: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    first: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw N rollouts of G tokens from every nested prefix, sharing the prefixes.
+
+    Each token is computed once: T token-forwards (up to the last anchor) and K·N·(G-1) more, fewer when rollouts
+    end early.
+
+    Args:
+        tokens, mask: [B,T] int64, bool; right-padded.
+        anchors, anchor_mask: [B,K] int64, bool.
+        rollouts, horizon: N, G.
+        seed, sequence_ids: an integer or [B] int64, and [B] int64: with the anchor, the rollout and the step, the
+            key of each random number; without `sequence_ids` the sequences are called 0..B-1.
+        temperature, top_p, top_k, min_p: see `ebft.draw.sampling_log_probs`; temperature 0 is greedy.
+        eos: token that ends a rollout; it counts, what follows is masked. None: rollouts never end early.
+        document_ids: [B,T] int64; contexts stay inside their document.
+        first: chooses the first tokens of an anchor's rollouts together, from log-probs [R,V] and uniform numbers
+            [R,N] to tokens [R,N] (`ebft.samplers.first_tokens`); None draws them independently. `log_prob` is the
+            policy's in any case.
+
+    Returns:
+        tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from), mask
+        [B,K,N,G] bool (False at masked anchors and after EOS); tokens and log-probs are 0 where it is False.
+
+    Raises:
+        UsageError: the model cannot share prefixes, a setting is out of range, or the text is too long for it.
+    """
+    policy.require_shared()
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    check_sampling(**settings)
+    batch, count = anchors.shape
+    if sequence_ids is None:
+        sequence_ids = torch.arange(batch, device=tokens.device)
+    # nobody sees what follows the last anchor
+    length = int(torch.where(anchor_mask, anchors, 1).max())
+    tokens, document_ids = tokens[:, :length], None if document_ids is None else document_ids[:, :length]
+    layout = NestedPrefixLayout(
+        anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=document_ids
+    )
+    policy.check_positions(layout)
+    drawn = torch.zeros(batch, count, rollouts, horizon, dtype=torch.int64, device=tokens.device)
+    log_prob = torch.zeros(drawn.shape, device=tokens.device)
+    alive = torch.zeros(drawn.shape, dtype=torch.bool, device=tokens.device)
+    first_position = layout.unpack(layout.positions())[1][..., 0].flatten()
+    # the live rollouts, as places of the flat [B*K*N]
+    live = anchor_mask[:, :, None].expand(-1, -1, rollouts).flatten().nonzero()[:, 0]
+    with policy.computing():
+        prefill = attention.Prefill(layout)
+        states = policy.backbone(tokens, layout.positions()[:, :length], prefill)
+        # at step 0 the N rollouts of an anchor share one distribution, afterwards each has its own
+        rows, columns = anchor_mask.nonzero(as_tuple=True)
+        states, shared = states[rows, layout.anchors[rows, columns] - 1], rollouts
+        for step in range(horizon):
+            uniform = keyed_uniform(seed, sequence_ids, layout.anchors, rollouts=rollouts, step=step)
+            numbers = uniform.flatten()[live].view(-1, shared)
+            token, chosen = _draw(policy, states, numbers, settings, None if step else first)
+            token, chosen = token.flatten(), chosen.flatten()
+            for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
+                whole.view(-1, horizon)[live, step] = new
+            keep = torch.ones_like(live, dtype=torch.bool) if eos is None else token != eos
+            live = live[keep]
+            if step == horizon - 1 or not len(live):
+                break
+            if step == 0:
+                decode = attention.Decode(layout, prefill.kept, live)
+            else:
+                decode.advance(keep)
+            states = policy.backbone(token[keep][None], (first_position[live] + step)[None], decode)[0]
+            shared = 1
+    return drawn, log_prob, alive
+
+
+def _draw(
+    policy: CausalPolicy,
+    hidden: torch.Tensor,
+    uniform: torch.Tensor,
+    settings: dict,
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden rows [R,H] and Q uniform numbers for each [R,Q] -> tokens and their log-probs [R,Q]."""
+
+    def tokens_of(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if choose is None:
+            return draw(policy.logits(rows), numbers, **settings)
+        log_probs = sampling_log_probs(policy.logits(rows), **settings)
+        tokens = choose(log_probs, numbers)
+        return tokens, log_probs.gather(-1, tokens)
+
+    parts = zip(hidden.split(policy.head_rows), uniform.split(policy.head_rows), strict=True)
+    drawn = [tokens_of(rows, numbers) for rows, numbers in parts]
+    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([log_probs for _, log_probs in drawn])
