@@ -18,6 +18,7 @@ from ebft.commands.run import run
 from ebft.commands.sample import sample
 from ebft.commands.signal import signal
 from ebft.commands.tilt import tilt
+from ebft.distributed import is_first, number, said_by_first, started
 from ebft.errors import UsageError
 
 app = typer.Typer(
@@ -29,8 +30,13 @@ app = typer.Typer(
 
 
 @app.callback()
-def _app() -> None:
+def _app(context: typer.Context) -> None:
     """Energy-based fine-tuning of language models: match features of short on-policy rollouts, not tokens."""
+    if started() > 1 and context.invoked_subcommand != "run":
+        raise UsageError(
+            f"torchrun started {started()} processes of `{context.invoked_subcommand}`, and only `run` shares its work"
+            " between processes: start it without torchrun"
+        )
 
 
 for command in (run, evaluate, compare, sample, signal, tilt, ablate, rollouts, components, data):
@@ -45,8 +51,11 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        if not (error.told or said_by_first()):
+            who = "" if is_first() else f" in process {number()}"
+            errors.print(f"[bold red]error{who}:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        errors.print(escape(str(error)) or "interrupted", soft_wrap=True, highlight=False)
+        if is_first():
+            errors.print(escape(str(error)) or "interrupted", soft_wrap=True, highlight=False)
         sys.exit(130)

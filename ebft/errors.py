@@ -6,4 +6,9 @@ class UsageError(ValueError):
 
     The message repeats the user's own key, value or shape, says what was expected and how to mend it.
     The command line prints it alone, without a traceback, and exits with code 2.
+
+    Attributes:
+        told: another process of the same run has already said so.
     """
+
+    told = False

@@ -12,27 +12,37 @@ import torch
 from safetensors import SafetensorError
 
 from ebft.assets import resolve
+from ebft.distributed import local_number, size
 from ebft.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU when there is one.
+    """`auto` is a GPU when there is one; of several processes on a machine each has its own.
 
     Raises:
-        UsageError: CUDA asked for and absent, or a name that torch does not know.
+        UsageError: CUDA asked for and absent, fewer GPUs than processes, or a name that torch does not know.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r}: torch finds no CUDA device here. Use --device cpu or auto")
+    if chosen.type == "cuda" and size() > 1:
+        if chosen.index is not None:
+            raise UsageError(f"device {device!r}: {size()} processes cannot share one; use --device cuda")
+        chosen = torch.device("cuda", local_number())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {device!r}: there are only {torch.cuda.device_count()} CUDA devices")
+        raise UsageError(
+            f"device {device!r}: there are only {torch.cuda.device_count()} CUDA devices, and this asks for number"
+            f" {chosen.index}"
+        )
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     return chosen
 
 

@@ -151,9 +151,23 @@ def test_signal_and_noise_from_running_sums_are_right_on_average(shares) -> None
         assert values.std() / batches**0.5 < 0.1 * wanted
 
 
+def test_signal_and_noise_from_any_parts_are_right_on_average() -> None:
+    """Running sums of two processes, each of its own rows, and the whole."""
+    rows, size, batches = 20, 6, 4000
+    mean = draw(size) * 0.4
+    single = mean / rows + draw(batches, rows, size, seed=2) / rows
+    parts = [(0, 4), (0, 10), (10, 17), (10, 20), (0, 20)]
+    norms = torch.stack([single[:, a:b].sum(1).square().sum(-1) for a, b in parts], -1)
+    shares = [(b - a) / rows for a, b in parts]
+    ratios = torch.tensor([signal_to_noise_of_sums(own.tolist(), shares) for own in norms], dtype=torch.float64)
+    signal = norms[:, -1] * ratios / (1 + ratios)
+    assert abs(signal.mean() - mean.square().sum()) < 4 * signal.std() / batches**0.5
+    assert signal.std() / batches**0.5 < 0.1 * mean.square().sum()
+
+
 @pytest.mark.parametrize(
     ("norms", "shares"), [([1.0], [1.0]), ([1.0, 2.0], [0.5]), ([1.0, 2.0], [1.0, 0.5]), ([1.0, 2.0], [0.5, 0.9])]
 )
 def test_sums_that_are_none_are_refused(norms, shares) -> None:
-    with pytest.raises(UsageError, match="expected 2 or more, with shares that rise to 1"):
+    with pytest.raises(UsageError, match="expected 2 or more, with shares below 1 but for the last, which is 1"):
         signal_to_noise_of_sums(norms, shares)

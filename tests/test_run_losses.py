@@ -90,8 +90,8 @@ def test_mismatch_and_its_correction(options):
     assert mismatch(td) < 1e-5
     td[schema.ROLLOUT_LOG_PROB] -= math.log(1.5)
     before = td[schema.ADVANTAGE].clone()
-    assert mismatch(td) == pytest.approx(math.log(1.5), abs=1e-5)
-    assert sum(mismatch(part) for part in td.split(1)) == pytest.approx(math.log(1.5), abs=1e-5)
+    assert mismatch(td).item() == pytest.approx(math.log(1.5), abs=1e-5)
+    assert sum(mismatch(part).item() for part in td.split(1)) == pytest.approx(math.log(1.5), abs=1e-5)
     correct_mismatch(td, cap=1.2)
     real = td[schema.ROLLOUT_MASK]
     wanted = before[..., None] * torch.where(real, 1.2, 1.0)

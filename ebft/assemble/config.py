@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ebft import __version__
+from ebft.distributed import size
 from ebft.errors import UsageError
 from ebft.files import write_json
 
@@ -126,4 +127,5 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": size(),
     }

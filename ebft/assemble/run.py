@@ -32,6 +32,7 @@ from ebft.assemble.policy import load_policy
 from ebft.assemble.protections import say_protections
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import pack_data, read_data
+from ebft.distributed import from_first, is_first
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import exclusive, write_atomically, write_json
@@ -75,8 +76,8 @@ def run_from_options(
     resolved, options = resolve_run(given), settle(given)
     check_logger(options["logger"])
     name = re.sub(r"[^\w.]+", "-", "-".join(options[part] for part in ("method", "features", "sampler")))
-    out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    if not resume and out.exists():
+    out = from_first(out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    if not resume and is_first() and out.exists():
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
     data = read_data(options)
@@ -116,7 +117,9 @@ def run_from_options(
             "fingerprint": fingerprint(torch.cat([rows[schema.SEQUENCE_IDS] for rows in (train_rows, held_rows)])),
         },
     }
-    if not resume:
+    if not is_first():
+        pass
+    elif not resume:
         open_folder(out, resume=False)
         write_json(out / "config.json", config)
         if before is not None:
@@ -159,7 +162,7 @@ def run_from_options(
         save_every=options["save_every"],
         eval_every=options["eval_every"],
         keep=options["keep"],
-        logger=open_logger(options["logger"], out, options),
+        logger=open_logger(options["logger"], out, options) if is_first() else None,
         controller=build_controller(options),
         stateful={f"whitening_{name}": whitening for name, whitening in whitenings.items()},
         training={

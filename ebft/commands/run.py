@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from ebft.commands.options import (
     given_options,
     option,
 )
+from ebft.distributed import is_first, joined
 
 
 def run(
@@ -362,6 +364,9 @@ def run(
     By default (--method ebft) by feature matching: samples short rollouts from every nested prefix of the text, embeds
     them with a frozen feature map, and follows the policy gradient of the distance between the feature moments of
     rollouts and text, mixed with cross-entropy (--ce) and a divergence from the start (--kl).
+
+    Several GPUs, or machines: torchrun --nproc-per-node 8 cli.py run ... with the same options. The processes share the
+    sequences of every batch, and the run is the same as that of one process but for rounding.
     """
     from transformers.utils import logging
 
@@ -370,4 +375,6 @@ def run(
     logging.disable_progress_bar()
 
     options, explicit = given_options(context, besides=("config", "preset", "out", "resume", "force"))
-    run_from_options(options, explicit=explicit, out=out, resume=resume, force=force, console=Console())
+    console = Console() if is_first() else Console(file=io.StringIO())
+    with joined():
+        run_from_options(options, explicit=explicit, out=out, resume=resume, force=force, console=console)

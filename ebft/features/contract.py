@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from ebft import schema
+from ebft.distributed import by_rows
 from ebft.errors import UsageError
 from ebft.layout import document_starts
 
@@ -55,6 +56,8 @@ class FeatureMap(Protocol):
 def as_module(feature_map: FeatureMap, *, documents: bool = False) -> TensorDictModule:
     """A feature map as a pipeline step that reads and writes the schema's keys.
 
+    Of several processes each embeds its own rows (`ebft.distributed`); all write all features.
+
     Args:
         feature_map: the map.
         documents: also read ``document_ids`` [B,T], which must then be there.
@@ -70,11 +73,13 @@ def as_module(feature_map: FeatureMap, *, documents: bool = False) -> TensorDict
         schema.TARGET_MASK,
     ]
 
-    def embed_documents(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return feature_map(*tensors[:-1], document_ids=tensors[-1])  # type: ignore[arg-type]
+    def embed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if documents:
+            return by_rows(feature_map, *tensors[:-1], document_ids=tensors[-1])
+        return by_rows(feature_map, *tensors)
 
     return TensorDictModule(
-        embed_documents if documents else feature_map,
+        embed,
         in_keys=[*in_keys, schema.DOCUMENT_IDS] if documents else in_keys,
         out_keys=[schema.ROLLOUT_FEATURES, schema.TARGET_FEATURES],
         strict=True,

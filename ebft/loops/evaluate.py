@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 
 from ebft import schema
+from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
 from ebft.loops.scoring import score
 from ebft.loops.summary import whole_features
@@ -46,7 +48,8 @@ def evaluate(
         (sums, batch): `sums` maps each of `METRICS` to (sum [B], count [B]) over the anchors (tokens, for
         cross-entropy and divergence) of each sequence, and `tokens`, `times` for throughput; `batch` is the TensorDict
         with everything the pipeline wrote. The divergence is the k3 estimate, and it and the cross-entropy are
-        computed on the first rollout of each anchor, which is all they need.
+        computed on the first rollout of each anchor, which is all they need. Of several processes each scores its own
+        rows, and all yield the same.
     """
     for td in data.split(batch_size):
         clock = Clock()
@@ -58,9 +61,23 @@ def evaluate(
             first = td.clone(False)
             first[schema.ROLLOUT_TOKENS] = td[schema.ROLLOUT_TOKENS][:, :, :1]
             first[schema.ROLLOUT_MASK] = td[schema.ROLLOUT_MASK][:, :, :1]
-            score(policy, first, reference=reference, scoring=scoring)
+            _score(policy, first, reference=reference, scoring=scoring)
         tokens = int(td[schema.MASK].sum() + td[schema.ROLLOUT_MASK].sum())
         yield {**_sums(td, first), "tokens": tokens, "times": clock.times()}, td
+
+
+def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
+    """`score`, of several processes each its own rows."""
+    keys = [schema.POLICY_LOG_PROB, schema.POLICY_TOKEN_LOG_PROB]
+    keys += [schema.REFERENCE_LOG_PROB] * (options["reference"] is not None)
+
+    def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        part = td[share(len(td))].clone(False)
+        score(policy, part, **options)
+        return tuple(part[key] for key in keys)
+
+    for key, value in zip(keys, by_rows(own, td[schema.TOKENS]), strict=True):
+        td[key] = value
 
 
 def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -28,9 +28,12 @@ class History:
 
     The files are always those of the rows in memory: a new row is appended, and a state that is loaded, as a resumed
     run does, replaces what the files held. They are there for reading; a run goes on from its checkpoint alone.
+
+    Args:
+        folder: of the run; None for no files.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None):
         self.rows: list[dict[str, float]] = []
         self._rewards: list[list[float]] = []  # first the step
         self._seen: list[float] = []
@@ -51,12 +54,12 @@ class History:
         """
         self.rows.append(dict(row))
         if set(row) <= set(self._columns):
-            _append(self._folder / METRICS, [row.get(name, "") for name in self._columns])
+            self._append(METRICS, [row.get(name, "") for name in self._columns])
         else:  # the first row with a stage of the user's own, or with a term that a schedule has just turned on
             self._write_metrics()
         if self._seen:
             self._rewards.append([row["step"], *self._seen])
-            _append(self._folder / REWARDS, self._rewards[-1])
+            self._append(REWARDS, self._rewards[-1])
             self._seen = []
 
     def append_held_out(self, row: Mapping[str, float]) -> None:
@@ -73,7 +76,7 @@ class History:
         self._write_metrics()
         self._write_held_out()
         header = ["step", *(f"reward_{i}" for i in range(REWARDS_KEPT))]
-        write_atomically(self._folder / REWARDS, _csv([header, *self._rewards]))
+        self._write(REWARDS, [header, *self._rewards])
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""
@@ -91,14 +94,22 @@ class History:
         if self.held_out:
             columns = list(self.held_out[0])
             lines = [[row[name] for name in columns] for row in self.held_out]
-            write_atomically(self._folder / HELD_OUT, _csv([columns, *lines]))
-        else:  # one that a run left which was killed before it saved the step
+            self._write(HELD_OUT, [columns, *lines])
+        elif self._folder is not None:  # one that a run left which was killed before it saved the step
             (self._folder / HELD_OUT).unlink(missing_ok=True)
 
     def _write_metrics(self) -> None:
         self._columns = list(dict.fromkeys([*COLUMNS, *(name for row in self.rows for name in row)]))
         lines = [[row.get(name, "") for name in self._columns] for row in self.rows]
-        write_atomically(self._folder / METRICS, _csv([self._columns, *lines]))
+        self._write(METRICS, [self._columns, *lines])
+
+    def _write(self, name: str, lines: list[list[Any]]) -> None:
+        if self._folder is not None:
+            write_atomically(self._folder / name, _csv(lines))
+
+    def _append(self, name: str, line: list[Any]) -> None:
+        if self._folder is not None:
+            _append(self._folder / name, line)
 
 
 def order_statistics(reward: torch.Tensor, anchor_mask: torch.Tensor, *, count: int = REWARDS_KEPT) -> list[float]:

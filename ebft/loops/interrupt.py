@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ebft.distributed import any_process, size
+
 
 class Interrupted(Exception):
     """The run was asked to stop; what it had reached is saved."""
@@ -13,11 +15,15 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request that the yielded function reports; a second stops at once."""
+    """Turn the first Ctrl-C (or SIGTERM) into a request that the yielded function reports; a second stops at once.
+
+    Of several processes all report it as soon as one is asked, so all have to call the function equally often. There a
+    second does nothing: torchrun passes on what the processes have had already, and ends them itself if they take long.
+    """
     asked: list[int] = []
 
     def ask(signum, frame):
-        if asked:
+        if asked and size() == 1:
             raise KeyboardInterrupt
         asked.append(signum)
 
@@ -28,7 +34,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         except ValueError:  # not in the main thread: whoever called us handles signals
             continue
     try:
-        yield lambda: bool(asked)
+        yield lambda: any_process(bool(asked))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

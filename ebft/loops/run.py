@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from tensordict import TensorDictBase
 
+from ebft.distributed import ProcessLost, check_same, from_first, is_first
 from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
@@ -71,6 +72,9 @@ def run(
 ) -> dict[str, Any]:
     """Run, or go on with the run whose checkpoints lie in `out`.
 
+    Several processes (`ebft.distributed`) call it alike, and one of them writes. Each reads the checkpoints, so `out`
+    is in a place that all machines see; how many processes go on with a run makes no difference to it.
+
     Args:
         policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`.
         measuring: pipeline of the held-out measurement, whose stages write rollouts, features and reward; None: the
@@ -96,9 +100,11 @@ def run(
         NonFiniteLoss: training stopped; the checkpoints are those of before.
         UsageError: another process runs in `out`.
         Interrupted: Ctrl-C; the last finished step is saved, `--resume` goes on.
+        ProcessLost: another process ended.
     """
     display = Display(console or Console())
-    history, checkpoints, training = History(out), out / "checkpoints", dict(training or {})
+    first = is_first()  # of several processes, the one that writes
+    history, checkpoints, training = History(out if first else None), out / "checkpoints", dict(training or {})
     measuring = pipeline if measuring is None else measuring
     final_weights = nullcontext if average is None else average.applied
     training["observers"] = [*training.get("observers", ()), history.observe]
@@ -107,15 +113,18 @@ def run(
         states["average"] = average
     saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "stateful": states}
     measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
-    with exclusive(out), stop_requests() as stop:
-        clean_up(out)
-        clean_up(checkpoints)
-        before = _load_held(out)
+    with exclusive(out) if first else nullcontext(), stop_requests() as stop:
+        if first:
+            clean_up(out)
+            clean_up(checkpoints)
+        before = from_first(_load_held(out) if first else None)
         if before is None:
             before = _measure(policy, measuring, display, "held-out before", stop, **measure)
-            _save_held(out, before)
+            if first:
+                _save_held(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
-        if start:  # a kill may have come between a checkpoint and the removal of older ones
+        check_same(policy.trainable().values(), start, what=f"the weights and the step of the checkpoint in {out}")
+        if start and first:  # a kill may have come between a checkpoint and the removal of older ones
             checkpoint.prune(checkpoints, start, keep=keep)
         history.write()
 
@@ -152,14 +161,16 @@ def run(
                 history.append(record)
                 log_step(logger, record)
                 step = int(record["step"])
-                ended = controller is not None and controller.stopped
-                if step % save_every == 0 or step == steps or stop() or ended:
-                    checkpoint.save(checkpoints, step, keep=keep, **saved)
+                ended, stopping = controller is not None and controller.stopped, stop()
+                if step % save_every == 0 or step == steps or stopping or ended:
+                    if first:
+                        checkpoint.save(checkpoints, step, keep=keep, **saved)
                     saved_step = step
                 if ended:
                     display.console.print(f"training ends after step {step}: divergence {record['kl']:.4g} (--kl-stop)")
-                if stop() and step < steps:
-                    write_report(out)
+                if stopping and step < steps:
+                    if first:
+                        write_report(out)
                     raise Interrupted(
                         f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
                     )
@@ -168,6 +179,8 @@ def run(
         except NonFiniteLoss as error:
             kept = f"The checkpoint of step {saved_step} is kept." if saved_step else "There is no checkpoint yet."
             raise NonFiniteLoss(f"{error} {kept}") from error
+        except ProcessLost as error:
+            raise ProcessLost(f"{error}. `run --resume --out {out}` goes on from the last checkpoint") from error
         with final_weights():
             label = "held-out after" if average is None else "held-out after, averaged weights"
             after = _measure(policy, measuring, display, label, stop, reference=reference, **measure)
@@ -175,6 +188,8 @@ def run(
             history.append_held_out(_held_out_row(len(history.rows), before, after))
 
         result = _result(before, after, history.rows, held_out)
+        if not first:
+            return result
         write_json(out / "evaluation.json", result)
         log_result(logger, result["metrics"], step=steps)
         close_logger(logger)

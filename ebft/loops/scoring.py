@@ -63,11 +63,11 @@ def token_log_prob(policy: CausalPolicy, td: TensorDictBase) -> Tensor:
     return scored[1]
 
 
-def mismatch(part: TensorDictBase) -> float:
+def mismatch(part: TensorDictBase) -> Tensor:
     """Mean |log p of sampling - log p of scoring| over the batch's tokens: the share of it that these rows hold."""
     difference = (part[schema.POLICY_LOG_PROB].detach() - part[schema.ROLLOUT_LOG_PROB]).abs()
     real = rollout_mask(part)
-    return (torch.where(real, difference, 0.0).sum() / part[schema.TOTAL_TOKENS][0].clamp(min=1)).item()
+    return torch.where(real, difference, 0.0).sum() / part[schema.TOTAL_TOKENS][0].clamp(min=1)
 
 
 def correct_mismatch(part: TensorDictBase, *, cap: float) -> None:

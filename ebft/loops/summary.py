@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from ebft import schema
+from ebft.loops.numbers import read
 from ebft.loops.scoring import has_rollouts
 from ebft.objectives.moments import (
     conditional_feature_matching_loss,
@@ -36,19 +36,19 @@ def summarise(td: TensorDictBase) -> dict[str, float]:
     rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].float().mean() / rollouts
     effective = effective_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].mean()
-    summary = {"reward": td[schema.REWARD][valid].mean().item(), "distinct_rollouts": distinct.item()}
-    summary["effective_rollouts"] = effective.item()
+    summary = {"reward": td[schema.REWARD][valid].mean(), "distinct_rollouts": distinct}
+    summary["effective_rollouts"] = effective
     features = td.get(schema.ROLLOUT_FEATURES, None)
     if rollouts > 1 and features is not None:
         matching = conditional_feature_matching_loss(*whole_features(td))
-        summary["feature_matching_loss"] = matching[valid].mean().item()
+        summary["feature_matching_loss"] = matching[valid].mean()
     if rollouts > 1 and features is not None and features.ndim == 5:
         summary |= horizon_profile(td)
     own = td.get("metrics", None)
-    return summary | ({} if own is None else {name: value[valid].mean().item() for name, value in own.items()})
+    return read(summary | ({} if own is None else {name: value[valid].mean() for name, value in own.items()}))
 
 
-def horizon_profile(td: TensorDictBase) -> dict[str, float]:
+def horizon_profile(td: TensorDictBase) -> dict[str, Tensor]:
     """Feature-matching loss at horizons 1, 2, 4, ... and the last, from features per token; mean over valid anchors."""
     held = [
         hold_last(td[features], td[mask])
@@ -57,18 +57,12 @@ def horizon_profile(td: TensorDictBase) -> dict[str, float]:
             (schema.TARGET_FEATURES, schema.TARGET_MASK),
         )
     ]
-    profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0).tolist()  # [G]
+    profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0)  # [G]
     horizons = sorted({len(profile), *(2**power for power in range(len(profile).bit_length()))})
     return {f"feature_matching_loss_{g}": profile[g - 1] for g in horizons if g <= len(profile)}
 
 
-def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
-    """Of the gradients that they hold."""
+def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """Of the gradients that they hold: a scalar, float64."""
     norms = [p.grad.norm().double() for p in parameters if p.grad is not None]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
-
-
-def shares(parts: Sequence[TensorDictBase]) -> list[float]:
-    """Share of a batch's sequences up to the end of each of its parts."""
-    rows = list(accumulate(len(part) for part in parts))
-    return [count / rows[-1] for count in rows]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)

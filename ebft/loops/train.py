@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from ebft import schema
 from ebft.data.packing import batches
+from ebft.distributed import sum_gradients
 from ebft.errors import UsageError
 from ebft.loops.average import Average
 from ebft.loops.clock import Clock
+from ebft.loops.numbers import of_update, own_parts, part_shares
 from ebft.loops.scoring import correct_mismatch, has_rollouts, mismatch, score
-from ebft.loops.summary import shares, squared_norm, summarise
+from ebft.loops.summary import squared_norm, summarise
 from ebft.objectives.counts import totals
-from ebft.objectives.diagnostics import signal_to_noise_of_sums
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.schedules import Schedule
@@ -58,6 +60,9 @@ def train(
     Every random number is keyed by (seed, step), so a run that starts at `start` with restored weights, optimizer and
     controller goes on as if it had never stopped.
 
+    Of several processes (`ebft.distributed`) each scores its own rows of every batch; the gradients are summed, and the
+    update and the metrics are those of the whole batch in every process.
+
     Args:
         policy: trained in place.
         pipeline: named stages in order, each a module from TensorDict to TensorDict; together they write what the loss
@@ -65,7 +70,7 @@ def train(
             all for a loss of cross-entropy alone.
         loss: reads what the stages and the scoring wrote; its `loss_*` entries are summed.
         data: rows of batch size [M], see `ebft.data.packing.pack`.
-        micro_batch: sequences scored at once; the gradient is that of the whole batch. None: all.
+        micro_batch: sequences that a process scores at once; the gradient is that of the whole batch. None: all.
         reference: frozen start, scored when the loss has a divergence term.
         max_grad_norm: gradients are clipped to this norm, 0 for no clipping.
         scoring: temperature, top_p, ... of the sampler, so that the log-probs are those of what was sampled from.
@@ -83,7 +88,7 @@ def train(
         step (1-based), loss and its terms (of the first pass over a batch, the mean of its minibatches), reward,
         feature_matching_loss, distinct_rollouts (share), effective_rollouts (of N), with features per token
         feature_matching_loss_1, _2, _4, ... (at these horizons), the metrics of the stages, gradient_signal_to_noise
-        (when the batch is scored in parts, an estimate from this batch alone, see
+        (when the batch is scored in parts, by one process or by several, an estimate from this batch alone, see
         `ebft.objectives.signal_to_noise_of_sums`), sampler_mismatch (mean difference in nats between the log-probs of
         sampling and of scoring), gradient_norm, learning_rate, tokens_per_second (rollout and sequence tokens over the
         step's time), time_* in seconds.
@@ -109,10 +114,12 @@ def train(
 
         rate, history = optimizer.param_groups[0]["lr"], list[dict[str, float]]()
         rows = batch_size // minibatches
-        parts = [counted(part, loss).split(micro_batch or rows) for part in td.split(rows)]
+        shares = part_shares(rows, micro_batch or rows)
+        parts = [own_parts(counted(part, loss), micro_batch or rows) for part in td.split(rows)]
         for update, minibatch in ((update, part) for update in range(updates) for part in parts):
-            terms: dict[str, float] = {}
-            sums: list[float] = []  # squared norms of the gradient, from one part of the batch to the next
+            names = ["sampler_mismatch"] * (has_rollouts(td) and not history) + list(loss.out_keys)
+            terms: dict[str, Tensor] = {}
+            sums: list[Tensor] = []  # squared norms of the gradient, from one part of the batch to the next
             optimizer.zero_grad(set_to_none=True)
             for part in minibatch:
                 with clock("score"):
@@ -120,26 +127,25 @@ def train(
                     new = reference if loss.kl_coefficient and (exact or not update) else None
                     entropy = bool(loss.entropy_coefficient)
                     score(policy, part, reference=new, scoring=scoring, entropy=entropy, divergence=exact)
-                    if has_rollouts(part) and not history:
+                    if "sampler_mismatch" in names:
                         _add(terms, {"sampler_mismatch": mismatch(part)})
                     if truncation is not None and not update:
                         correct_mismatch(part, cap=truncation)
                     out = loss(part)
-                _add(terms, {name: value.item() for name, value in out.items()})
-                _refuse_non_finite(terms, step)
+                _add(terms, {name: value.detach() for name, value in out.items()})
                 with clock("update"):
                     sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-                    if not history and len(minibatch) > 1:
+                    if not history and shares:
                         sums.append(squared_norm(parameters))
             with clock("update"):
+                sum_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-                _refuse_non_finite({"gradient norm": float(norm)}, step)
+                record = of_update(terms, norm, sums, names=names, shares=[] if history else shares)
+                _refuse_non_finite({name: record[name] for name in (*names, "gradient_norm")}, step)
                 optimizer.step()
                 if average is not None:
                     average.update()
-            if sums:
-                terms["gradient_signal_to_noise"] = signal_to_noise_of_sums(sums, shares(minibatch))
-            history.append({**terms, "gradient_norm": float(norm)})
+            history.append(record)
         if scheduler is not None:
             scheduler.step()
         first = _means(history[:minibatches])
@@ -197,9 +203,9 @@ def _means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _add(terms: dict[str, float], more: Mapping[str, float]) -> None:
+def _add(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     for name, value in more.items():
-        terms[name] = terms.get(name, 0.0) + value
+        terms[name] = terms.get(name, 0.0) + value.double()
 
 
 def _refuse_non_finite(terms: Mapping[str, float], step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import inf
 
 from torch import Tensor
@@ -36,7 +35,7 @@ def gradient_signal_to_noise(gradients: Tensor) -> Tensor:
 
 
 def signal_to_noise_of_sums(squared_norms: Sequence[float], shares: Sequence[float]) -> float:
-    """The same of the gradient of one batch, from the norms of its running sums over the parts of the batch.
+    """The same of the gradient of one batch, from the norms of sums over parts of the batch, as its running sums are.
 
     For parts drawn independently and alike, the sum g_f of the parts that make up a share f of the batch has
     E‖g_f‖² = f² S + f V, with S = ‖E g‖² and V the variance of the whole batch's gradient. So ‖g_f‖² - f ‖g_1‖² has
@@ -45,20 +44,20 @@ def signal_to_noise_of_sums(squared_norms: Sequence[float], shares: Sequence[flo
     little: average signal and noise over many, or look at the running mean.
 
     Args:
-        squared_norms: ‖g_f‖² after each part, the last of them the whole batch's.
-        shares: f after each part, rising to 1; at least 2 parts.
+        squared_norms: ‖g_f‖² of each sum, the last of them the whole batch's.
+        shares: f of each sum, between 0 and 1, and 1 for the last; at least 2 of them.
 
     Returns:
         S / V; can be negative, and is infinite or not a number where V is 0.
 
     Raises:
-        UsageError: fewer than 2 parts, another number of shares than of norms, or shares that do not rise to 1.
+        UsageError: fewer than 2 sums, another number of shares than of norms, or shares out of their range.
     """
-    rising = all(0 < a < b for a, b in pairwise(shares))
-    if len(squared_norms) < 2 or len(shares) != len(squared_norms) or not rising or abs(shares[-1] - 1) > 1e-9:
+    parts = all(0 < f < 1 for f in shares[:-1])
+    if len(squared_norms) < 2 or len(shares) != len(squared_norms) or not parts or abs(shares[-1] - 1) > 1e-9:
         raise UsageError(
-            f"norms of {len(squared_norms)} running sums with shares {list(shares)}: expected 2 or more, with shares"
-            " that rise to 1"
+            f"norms of {len(squared_norms)} sums with shares {list(shares)}: expected 2 or more, with shares below 1"
+            " but for the last, which is 1"
         )
     whole = squared_norms[-1]
     before = list(zip(squared_norms[:-1], shares[:-1], strict=True))

@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ebft import sandbox, schema
+from ebft.distributed import by_items
 from ebft.errors import UsageError
 from ebft.objectives.baselines import advantage, zero_spread
 
@@ -167,7 +168,8 @@ def verifier(
     It also writes the metrics ``reward_spread`` and ``zero_spread_groups``, [B,K], as ``component.objective`` does.
 
     Args:
-        score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors at once.
+        score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors at once;
+            of several processes (`ebft.distributed`) each scores its share of the anchors.
         decode: (tokens [M,G], mask [M,G]) -> M strings, the continuations without their context.
         references: the reference of a sequence, by its number in `by` (an answer, a list of tests, anything `score`
             takes). None: the text of the anchor's target.
@@ -179,12 +181,14 @@ def verifier(
             also tells apart those with equal prompts.
     """
 
-    def rewards(texts: list[str], right: list[Any], count: int) -> Tensor:
+    def rewards(groups: list[list[str]], right: list[Any]) -> Tensor:
+        count = len(groups[0])
         if not group:
+            texts = [text for own in groups for text in own]
             repeated = [reference for reference in right for _ in range(count)]
             return _as_rewards(score(texts, repeated), len(texts)).view(-1, count)
-        groups = zip(_chunks(texts, count), right, strict=True)
-        return torch.stack([_as_rewards(score(own, reference), count) for own, reference in groups])
+        pairs = zip(groups, right, strict=True)
+        return torch.stack([_as_rewards(score(own, reference), count) for own, reference in pairs])
 
     def reward_and_advantage(tokens: Tensor, mask: Tensor, anchor_mask: Tensor, *about: Tensor):
         count = tokens.shape[2]
@@ -195,7 +199,7 @@ def verifier(
                 right: list[Any] = decode(*(x[anchor_mask] for x in about))
             else:
                 right = [references(int(about[0][b])) for b in anchor_mask.nonzero()[:, 0].tolist()]
-            values = rewards(texts, right, count).to(tokens.device)
+            values = by_items(rewards, _chunks(texts, count), right).to(tokens.device)
             reward = reward.to(values.dtype).masked_scatter(anchor_mask[..., None], values)
         check_finite(reward, tokens, mask, decode)
         return plain_reward(reward, anchor_mask, estimator=estimator)

@@ -9,6 +9,7 @@ import torch
 from tensordict.nn import TensorDictModule
 
 from ebft import schema
+from ebft.distributed import by_rows
 from ebft.samplers.anchors import targets
 
 Place = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -31,7 +32,8 @@ def sampler(
 
     Returns:
         A module that reads tokens, mask, sequence_ids, seed and writes anchors, anchor_mask, the targets' tokens and
-        mask, the rollouts' tokens, log_prob and mask.
+        mask, the rollouts' tokens, log_prob and mask. Of several processes each draws the rollouts of its own rows
+        (`ebft.distributed`); all write all of them.
     """
 
     def sample(tokens, mask, sequence_ids, seed, *optional):
@@ -39,7 +41,8 @@ def sampler(
         drawing = {"seed": seed, "sequence_ids": sequence_ids} if place_draws else {}
         anchors, anchor_mask = place(mask, **drawing, **given)
         target_tokens, target_mask = targets(tokens, mask, anchors, anchor_mask, horizon=horizon, **given)
-        rollouts = engine(
+        rollouts = by_rows(
+            engine,
             tokens,
             mask,
             anchors,

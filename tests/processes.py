@@ -1,0 +1,196 @@
+"""What several processes do together, and one alone: `python -m tests.processes FOLDER` leaves FOLDER/results.pt.
+
+One process imports everything and then forks those that torchrun would start, joined by gloo: Linux only, and its torch
+is kept to one thread, since threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebft import schema
+from ebft.distributed import ProcessLost, any_process, by_items, by_rows, check_same, joined, rank, share, sum_gradients
+from ebft.errors import UsageError
+from ebft.loops import report
+from ebft.loops import run as run_module
+from ebft.loops.history import History
+from ebft.loops.train import train
+from ebft.objectives.losses import EBFTLoss
+from tests.runs import go, parts, tiny_options, write_tiny_model, write_tiny_text
+
+COUNTS = (1, 2, 4)
+
+# The parts of a run that look at more than one row, together where they go together. Batches of 5 are shared out as
+# 3 + 2 and 2 + 1 + 1 + 1, those of 3 as 2 + 1 and 1 + 1 + 1 + 0.
+KINDS: dict[str, dict[str, Any]] = {
+    "full weights": {"batch": 5, "estimator": "rloo_tuned", "normalize_advantage": True, "entropy": 0.01},
+    "adapters": {
+        **{"batch": 3, "lora": 2, "whitening": "population", "decay": 0.9, "sampler": "random", "ema": 0.5},
+        **{"normalization": "token", "kl_target": 1e-4, "lr": 0.5},
+    },
+    "several updates": {
+        **{"batch": 6, "pg": "clipped", "updates": 2, "minibatches": 2, "kl_in": "reward"},
+        **{"drop_zero_spread": True, "features": "ngram"},
+    },
+    "credit of tokens": {"batch": 5, "pooling": "none", "credit": "reward_to_go", "token_baseline": "ridge"},
+    "verifier": {"batch": 3, "objective": "verifier", "verifier": "chrf", "estimator": "rloo", "kl_mode": "exact"},
+}
+
+COUNTS_OF = dict.fromkeys(KINDS, (2, 4)) | {"several updates": (4,), "credit of tokens": (2,), "verifier": (4,)}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    report.curves_png = lambda *args, **kwargs: b"no picture"
+    for name in ("model", "text"):
+        (folder / name).mkdir()
+    options = tiny_options(write_tiny_model(folder / "model"), write_tiny_text(folder / "text"))
+    options |= {"steps": 2, "held_out": 3, "save_every": 1, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0.5}
+    results: dict[str, Any] = {}
+    for kind, chosen in KINDS.items():
+        for count in (1, *COUNTS_OF[kind]):
+            work = partial(whole_run, options | chosen, folder / f"{kind} {count}")
+            results[kind, count] = together(count, work, folder)
+    results["pieces"] = together(4, pieces, folder)
+    for count in COUNTS:
+        results["rows without anchors", count] = together(count, partial(rows_without_anchors, options), folder)
+    out = folder / "broken"
+    results["broken"] = together(2, partial(broken_run, options | {"batch": 5, "steps": 4}, out), folder)
+    for count in (1, 2):
+        copy = shutil.copytree(out, folder / f"mended {count}")
+        together(count, partial(whole_run, options | {"batch": 5, "steps": 4}, copy, resume=True), folder)
+    together(1, partial(whole_run, options | {"batch": 5, "steps": 4}, folder / "never broken"), folder)
+    torch.save(results, folder / "results.pt")
+
+
+def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
+    """What `work` returns in each of `count` processes as torchrun starts them; None where it failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for process in range(count):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(count)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            try:
+                (folder / f"{process}.pickle").write_bytes(pickle.dumps(work()))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(0)
+        children.append(child)
+    results = []
+    for process, child in enumerate(children):
+        os.waitpid(child, 0)
+        path = folder / f"{process}.pickle"
+        results.append(pickle.loads(path.read_bytes()) if path.is_file() else None)
+        path.unlink(missing_ok=True)
+    return results
+
+
+def whole_run(options: dict[str, Any], out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """A run of the command line; what this process saw of it."""
+    rollouts, policies, records = [], [], []
+    observe = History.observe
+
+    def observing(self, td):
+        rollouts.append(td.get(schema.ROLLOUT_TOKENS, None).clone())
+        observe(self, td)
+
+    def recording(policy, *args, **kwargs):
+        policies.append(policy)
+        for record in train(policy, *args, **kwargs):
+            records.append(record)
+            yield record
+
+    History.observe, run_module.train = observing, recording
+    with joined():
+        said = go(options, out, resume=resume)
+    weights = {name: weight.detach().clone() for name, weight in policies[0].trainable().items()}
+    return {"rollouts": rollouts, "records": records, "weights": weights, "said": said}
+
+
+def broken_run(options: dict[str, Any], out: Path) -> str:
+    """A run of which one process raises an error in its third step."""
+
+    def breaking(*args, **kwargs):
+        for record in train(*args, **kwargs):
+            if record["step"] == 2 and rank() == 1:
+                yield record
+                raise UsageError("process 1 has had enough")
+            yield record
+
+    run_module.train = breaking
+    try:
+        with joined():
+            go(options, out)
+    except UsageError as error:
+        return f"{type(error).__name__}: {error} (told: {error.told})"
+    return "no error"
+
+
+def rows_without_anchors(options: dict[str, Any]) -> dict[str, Any]:
+    """A step over 3 rows, 2 of which are too short for an anchor."""
+    policy, pipeline, rows = parts(options)
+    rows = rows[:3].clone()
+    rows[schema.MASK][:2, 6:] = False
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
+    loss = EBFTLoss(cross_entropy_coefficient=0.5, kl_coefficient=0.1)
+    settings = {"steps": 1, "batch_size": 3, "seed": 0, "reference": policy.reference()}
+    with joined():
+        (record,) = train(policy, pipeline, loss, rows, optimizer=optimizer, **settings)
+    return {"record": record, "weights": {name: w.detach().clone() for name, w in policy.trainable().items()}}
+
+
+def pieces() -> dict[str, Any]:
+    """The functions of `ebft.distributed`, in 4 processes."""
+    found: dict[str, Any] = {}
+    with joined():
+        for count in (1, 3, 8, 9):
+            own = share(count)
+            found["share", count] = (own.start, own.stop)
+
+            def double(x, *, y, scale, seen):
+                seen.append(len(x))
+                return x * scale, (y > 4), x.to(torch.bfloat16)[:, None].expand(-1, 2)
+
+            x, seen = torch.arange(count, dtype=torch.float64), list[int]()
+            found["rows", count] = (*by_rows(double, x, y=x, scale=2, seen=seen), seen)
+            found["one tensor", count] = by_rows(lambda x: x + 1, x)
+            found["items", count] = by_items(
+                lambda words: [len(word) for word in words], ["ab" * i for i in range(count)]
+            )
+        parameters = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in SIZES]
+        parameters[0].grad = torch.full_like(parameters[0], rank() + 1.0)
+        if rank() == 2:
+            parameters[2].grad = torch.full_like(parameters[2], 3.0)
+        sum_gradients(parameters)
+        found["gradients"] = [p.grad for p in parameters]
+        found["any"] = [any_process(rank() == process) for process in (0, 3, 4)]
+        check_same([torch.ones(3)], 1, what="ones")
+        try:
+            check_same([torch.full((3,), 1.0 + (rank() == 2))], 1, what="the weights")
+        except UsageError as error:
+            found["different"] = str(error)
+    return found
+
+
+SIZES = [(3, torch.float32), (2, torch.float32), (4, torch.bfloat16)]
+LOST = ProcessLost.__name__
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
