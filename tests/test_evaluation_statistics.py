@@ -11,8 +11,9 @@ from sacrebleu.metrics import BLEU
 
 from ebft.errors import UsageError
 from ebft.loops.evaluate import paired_difference
-from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, compiles, corpus_bleu, pass_at_k
+from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, corpus_bleu, pass_at_k
 from ebft.loops.evaluation.bootstrap import bootstrap, ratio, resamples
+from ebft.objectives.programs import compiles
 
 RNG = np.random.default_rng(0)
 

@@ -53,7 +53,8 @@ def test_sft_trains_without_rollouts_and_is_measured_with_them(sft, tmp_path):
     assert measured["feature_matching_loss"]["before"] > 0
     assert measured["kl"]["after"] > 0
     components = json.loads((tmp_path / "run" / "config.json").read_text())["components"]
-    assert components["method"] == {"name": "sft", "sampler": "strided", "ce": 1.0, "ce_schedule": None}
+    drawn = {name: sft[name] for name in ("horizon", "rollouts", "features", "lr")}
+    assert components["method"] == {"name": "sft", "sampler": "strided", **drawn, "ce": 1.0, "ce_schedule": None}
     assert "pg" not in components
 
 

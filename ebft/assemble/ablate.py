@@ -25,8 +25,8 @@ from ebft.loops.ablation.tables import compare, study_markdown, study_table
 from ebft.loops.run import open_folder
 
 # Options that say what a metric measures; metrics that are not here mean the same in every cell.
-_TEXT = ("data", "text_field", "prompt_field", "answer_field", "chat", "split", "length", "held_out")
-_SAMPLING = (*of_components("sampler"), "horizon", "rollouts", "temperature", "top_p")
+_TEXT = ("data", "text_field", "prompt_field", "answer_field", "tests_field", "chat", "split", "length", "held_out")
+_SAMPLING = (*of_components("sampler"), "horizon", "max_new_tokens", "stop", "rollouts", "temperature", "top_p")
 _FEATURES = (*_TEXT, *_SAMPLING, *of_components("features"))
 YARDSTICKS = {
     "cross_entropy": _TEXT,
@@ -45,7 +45,7 @@ _TRAINING_ALONE = {
     *("entropy", "save_every", "keep"),
 }
 
-SHOWN = ("cross_entropy", "feature_matching_loss")
+SHOWN = ("cross_entropy", "feature_matching_loss", "reward")
 
 
 def ablate(

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ebft.assemble.loss import check_loss_options
+from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
-from ebft.components.methods import METHOD_OPTIONS, METHODS
+from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
 from ebft.errors import UsageError
 
 GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg", "optimizer", "lr_schedule")
@@ -31,6 +31,7 @@ OF_TOKENS = ("horizons", "token_baseline", "trace")  # options of rewards of tok
 
 # The smallest value of each numeric option; all must be finite.
 _AT_LEAST = {
+    "max_new_tokens": 1,  # before the horizon, which it stands for
     **dict.fromkeys(
         ("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram", "dimension"), 1
     ),
@@ -54,7 +55,12 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: an unknown method, or an option that it does not take.
     """
     given = {name: options[name] for name in METHOD_OPTIONS}
-    settled = {**options, **_WITHOUT, **resolve_options({"method": options["method"]}, given)["method"]}
+    method = options["method"]
+    taken = resolve_options({"method": method}, given)["method"]
+    settled = {**options, **_WITHOUT, **taken, **GIVEN.get(method, {})}
+    if not settled["kl"]:  # then what it has by default beside it does not count
+        settled |= {name: options[name] for name in OF_THE_DIVERGENCE if name in taken}
+    settled["horizon"] = settled["horizon"] or settled["max_new_tokens"]
     if options["steps"] is None and options["epochs"] is None:
         settled["steps"] = DEFAULT_STEPS
     return settled
@@ -68,7 +74,7 @@ def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     settled = settle(options)
     given = {name: options[name] for name in OPTION_NAMES if name not in METHOD_OPTIONS}
-    resolved = resolve_options({group: settled[group] for group in GROUPS}, given)
+    resolved = resolve_options({group: settled[group] for group in GROUPS if settled[group] is not None}, given)
     check_options(settled)
     settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
     check_optimizer_options(settled, resolved)
@@ -77,9 +83,10 @@ def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def describe_components(options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
     """What a run is made of, with all its options: the method, and each component that it uses, by group."""
-    settled, taken = settle(options), METHODS[options["method"]].options
+    name, settled = options["method"], settle(options)
+    taken = {*METHODS[name].options, *GIVEN.get(name, ())}
     used = [group for group in GROUPS if group in taken or group not in METHOD_OPTIONS]
-    method = {"name": options["method"], **{option: settled[option] for option in taken}}
+    method = {"name": name, **{option: settled[option] for option in METHODS[name].options}}
     return {"method": method, **{group: {"name": settled[group], **resolved[group]} for group in used}}
 
 
@@ -91,7 +98,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     check_ranges(options)
     length, horizon, rollouts = options["length"], options["horizon"], options["rollouts"]
-    if horizon >= length:
+    if options["sampler"] != "full" and horizon >= length:
         raise UsageError(f"--horizon {horizon} does not fit --length {length}: a sequence needs context and a target")
     if options["temperature"] <= 0:
         raise UsageError(
@@ -100,12 +107,14 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not 0 < options["top_p"] <= 1:
         raise UsageError(f"--top-p {options['top_p']}: expected a number in (0, 1]; 1 keeps every token")
     if rollouts == 1:
-        reason = "held-out feature matching compares rollouts with each other"
-        if options["diversity"] > 0:
+        matching = options["features"] is not None
+        reason = "held-out feature matching compares rollouts with each other" if matching else None
+        if matching and options["diversity"] > 0:
             reason = f"the diversity term (--diversity {options['diversity']}) compares rollouts with each other"
         elif options["estimator"] != "none":
             reason = f"the estimator {options['estimator']} compares a rollout with the others of its anchor"
-        raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
+        if reason is not None:
+            raise UsageError(f"--rollouts 1: {reason}. Give 2 or more, better 3 or more")
     if not options["lr"] > 0:
         raise UsageError(f"--lr {options['lr']}: expected a number > 0")
     if options["epochs"] is not None and options["steps"] is not None:
@@ -114,6 +123,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError(f"--epochs {options['epochs']}: expected a number > 0")
     check_loss_options(options)
     check_reward_options(options)
+    check_stop(options)
     per_token = options["pooling"] == "none"
     if per_token and options["method"] != "ebft":
         raise UsageError(f"--pooling none keeps features per token, which --method {options['method']} has no use for")
@@ -136,6 +146,11 @@ def check_options(options: Mapping[str, Any]) -> None:
                 )
     if rollouts == 1 and options["whitening"] in ("group", "sample"):
         raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
+
+
+def check_stop(options: Mapping[str, Any]) -> None:
+    if "" in (options["stop"] or ()):
+        raise UsageError("--stop '': expected characters at which an answer ends")
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ def parse_configuration(text: str, *, base: Mapping[str, Any], hints: Mapping[st
     name = (name if colon else text).strip()
     own = parse_settings(settings, hints=hints)
     options = {**dict.fromkeys(OF_STRATA), **base, **own}
+    options |= {name: value for name, value in settle(options).items() if name in OF_SAMPLING}
     check_strata(settle(options))
     if options["first_token"] is not None:
         if "estimator" in own:

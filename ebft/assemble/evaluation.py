@@ -11,11 +11,11 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.assemble.checks import check_ranges
+from ebft.assemble.checks import check_ranges, check_stop
 from ebft.assemble.pipeline import build_sampler
-from ebft.assemble.policy import full_engine, policy_folder, run_options
-from ebft.assemble.reward import decoder
-from ebft.assemble.rows import Data, pack_part, read_data, spread_rows, usable_rows
+from ebft.assemble.policy import policy_folder, run_options
+from ebft.assemble.reward import decoder, reader
+from ebft.assemble.rows import Data, check_anchors, pack_part, read_data, spread_rows, usable_rows
 from ebft.components import choose, resolve_options
 from ebft.components.features import FEATURES
 from ebft.data.example_rows import prompt_rows
@@ -25,16 +25,18 @@ from ebft.features.contract import FeatureMap
 from ebft.loops.display import Display
 from ebft.loops.evaluation.run import Measured, Prompts, measure_policy
 from ebft.policy import CausalPolicy
+from ebft.samplers.full import full_engine
+from ebft.samplers.stop import stopping
 
 HORIZONS = (1, 2, 4, 8, 16, 32, 64)
 KS = (1, 4, 16)
 MAP_OPTIONS = tuple(dict.fromkeys(option for entry in FEATURES.values() for option in entry.options))
 # Where data comes from: for a run's policy, what the run had, where nothing else is asked for.
-_OF_THE_DATA = ("data", "text_field", "prompt_field", "answer_field", "chat", "length")
+_OF_THE_DATA = ("data", "text_field", "prompt_field", "answer_field", "tests_field", "chat", "length")
 # What --quick takes for options that are not given.
 QUICK = {"held_out": 8, "prompts": 8, "horizons": "1,2,4,8"}
 _ANSWERS = (
-    *("prompts", "prompt_length", "answers", "greedy", "answer_temperature", "max_new_tokens", "k"),
+    *("prompts", "prompt_length", "answers", "greedy", "answer_temperature", "max_new_tokens", "stop", "k"),
     *("test_prompt", "test_timeout"),
 )
 
@@ -65,7 +67,9 @@ def settle_options(options: Mapping[str, Any], explicit: Collection[str], *, pol
     trained = run_options(policy) or {}
     # one of them given: another text, so that what the run had says nothing about the others but the length
     inherited = ("length",) if any(n in explicit for n in _OF_THE_DATA[:-1]) else _OF_THE_DATA
-    settled |= {name: trained[name] for name in inherited if name in trained and name not in explicit}
+    for name in (*inherited, "stop"):  # and where its answers end
+        if trained.get(name) is not None and name not in explicit:
+            settled[name] = trained[name]
     _check(settled)
     return settled
 
@@ -131,7 +135,9 @@ def load(name: str, options: Mapping[str, Any]) -> CausalPolicy:
 
 def measure(evaluation: Evaluation, policy: CausalPolicy, *, label: str, display: Display, stop) -> Measured:
     """One policy's totals on the evaluation's rows and prompts."""
-    options = evaluation.options
+    options, engine = evaluation.options, full_engine(policy)
+    if options["stop"]:
+        engine = stopping(engine, read=reader(policy.tokenizer), stop=options["stop"])
     return measure_policy(
         policy,
         build_sampler(policy, options, evaluation.sampler, answers=evaluation.data.answers),
@@ -142,8 +148,8 @@ def measure(evaluation: Evaluation, policy: CausalPolicy, *, label: str, display
         seed=options["seed"],
         scoring={"temperature": options["temperature"], "top_p": options["top_p"]},
         prompts=evaluation.prompts,
-        engine=full_engine(policy),
-        decode=decoder(policy.tokenizer),
+        engine=engine,
+        decode=decoder(policy.tokenizer, stop=options["stop"] or ()),
         display=display,
         stop=stop,
         label=label,
@@ -261,6 +267,7 @@ def _ks(options: Mapping[str, Any]) -> list[int]:
 
 def _check(options: Mapping[str, Any]) -> None:
     check_ranges(options)
+    check_anchors(options)
     check_sampling(temperature=options["temperature"], top_p=options["top_p"])
     check_sampling(temperature=options["answer_temperature"])
     least = {"rollouts": 2, "prompts": 1, "answers": 1, "max_new_tokens": 1, "bootstrap": 2, "test_timeout": 1e-3}
@@ -275,6 +282,7 @@ def _check(options: Mapping[str, Any]) -> None:
             f"--horizons {options['horizons']} does not fit --length {options['length']}: a sequence needs context and"
             " a target"
         )
+    check_stop(options)
     _ks(options)
     resolve_maps(options)
     if options["pooling"] == "none" and "hidden" in options["features"]:

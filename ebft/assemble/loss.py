@@ -16,7 +16,7 @@ from ebft.objectives.schedules import Schedule, schedule
 from ebft.objectives.shaping import check_limit
 
 # Options that mean something only when the weight of the divergence is above 0.
-_OF_THE_DIVERGENCE = ("kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop")
+OF_THE_DIVERGENCE = ("kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop")
 # Option of a schedule -> option of its weight, attribute of the loss.
 _SCHEDULES = {
     "pg_schedule": ("pg_weight", "policy_gradient_coefficient"),
@@ -32,7 +32,7 @@ def check_loss_options(options: Mapping[str, Any]) -> None:
         UsageError: names the option, its value and what is expected.
     """
     if not options["kl"]:
-        for name in _OF_THE_DIVERGENCE:
+        for name in OF_THE_DIVERGENCE:
             _refuse(options, name, "there is no divergence term; give --kl a weight above 0")
     for name, (weight, _) in _SCHEDULES.items():
         if options[name] is not None and not options[weight]:

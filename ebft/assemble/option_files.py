@@ -90,6 +90,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
+    if typing.get_origin(kind) is list:
+        (inner,) = typing.get_args(kind)
+        return [convert(entry, inner, where) for entry in (value if isinstance(value, list) else [value])]
     wrong = UsageError(f"{where}: {value!r} is no {'text' if kind is str else kind.__name__}")
     if isinstance(value, dict) or isinstance(value, bool) != (kind is bool):
         raise wrong

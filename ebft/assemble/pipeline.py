@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 
-from ebft.assemble.reward import build_reward, decoder
+from ebft import schema
+from ebft.assemble.reward import build_reward, decoder, reader
 from ebft.components import choose
 from ebft.components.features import NotedMap
+from ebft.components.verifiers import Reference
 from ebft.features.contract import FeatureMap, as_module
 from ebft.objectives.scores import Values
 from ebft.policy import CausalPolicy
+from ebft.samplers import full
 from ebft.samplers.component import sampler
+from ebft.samplers.stop import stopping
 
 
 def build_features(
@@ -38,17 +42,25 @@ def build_pipeline(
     *,
     answers: bool = False,
     feature_map: FeatureMap | None = None,
+    examples: Callable[[int], Reference] | None = None,
 ) -> dict[str, Any]:
     """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
 
-    `values` are those of `build_values`, `feature_map` is that of `build_features`, made here when left out. With
-    `answers` the data carries `answer_mask`, and targets lie in answers alone.
+    Without --features there is nothing to embed.
+
+    Args:
+        values: those of `build_values`; feature_map: that of `build_features`; made here when left out.
+        answers: the data carries `answer_mask`, and targets lie in answers alone.
+        examples: of rows of prompts, by their entry `example`.
     """
-    return {
-        "sample": build_sampler(policy, options, resolved, answers=answers),
-        "embed": as_module(feature_map or build_features(policy, reference, options, resolved).embed, documents=True),
-        "reward": build_reward(options, resolved, decode=decoder(policy.tokenizer), values=values),
-    }
+    stages: dict[str, Any] = {"sample": build_sampler(policy, options, resolved, answers=answers)}
+    if options["features"] is not None:
+        embed = feature_map or build_features(policy, reference, options, resolved).embed
+        stages["embed"] = as_module(embed, documents=options["sampler"] != "full")
+    decode = decoder(policy.tokenizer, stop=options.get("stop") or ())
+    by = schema.SEQUENCE_IDS if examples is None else schema.EXAMPLE
+    stages["reward"] = build_reward(options, resolved, decode=decode, values=values, examples=examples, by=by)
+    return stages
 
 
 def build_sampler(
@@ -59,17 +71,35 @@ def build_sampler(
     answers: bool = False,
     **drawing: Any,
 ) -> TensorDictModule:
-    """The stage that places anchors and draws rollouts; `drawing` is passed on to the engine."""
+    """The stage that places anchors and draws rollouts; `drawing` is passed on to the engine.
+
+    Rollouts end at the sequences of --stop. Those of whole answers come with the metrics `answer_tokens` and
+    `answers_at_limit` (share of answers with as many tokens as are allowed).
+    """
     build = choose("sampler", options["sampler"]).build
     place, engine = build(policy, horizon=options["horizon"], **resolved["sampler"])
-    return sampler(
+    whole = options["sampler"] == "full"
+    if options.get("stop"):
+        engine = stopping(engine, read=reader(policy.tokenizer), stop=options["stop"])
+    stage = sampler(
         place,
         engine,
         horizon=options["horizon"],
+        documents=not whole,
         answers=answers,
         rollouts=options["rollouts"],
         temperature=options["temperature"],
         top_p=options["top_p"],
         eos=policy.tokenizer.eos_token_id,
         **drawing,
+    )
+    return TensorDictSequential(stage, _lengths()) if whole else stage
+
+
+def _lengths() -> TensorDictModule:
+    return TensorDictModule(
+        full.answer_lengths,
+        in_keys=[schema.ROLLOUT_MASK, schema.ANCHOR_MASK],
+        out_keys=[schema.metric("answer_tokens"), schema.metric("answers_at_limit")],
+        strict=True,
     )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ebft.errors import UsageError
 from ebft.memory import keep_freed_memory
 from ebft.policy import CausalPolicy
-from ebft.samplers import snapshot
-from ebft.samplers.component import Engine
 
 
 def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
@@ -53,8 +50,3 @@ def run_options(name: str) -> dict[str, Any] | None:
         return None
     options = content.get("options") if isinstance(content, dict) else None
     return options if isinstance(options, dict) else None
-
-
-def full_engine(policy: CausalPolicy) -> Engine:
-    """What draws whole answers: the shared prefixes of `CausalPolicy.sample`, or copies of the model's own cache."""
-    return partial(snapshot.sample, snapshot.cache_reader(policy)) if policy.not_shared else policy.sample

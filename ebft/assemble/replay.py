@@ -136,7 +136,7 @@ def replay_from_options(
     for cell in Display(console).track(cells, label="cells", total=len(cells), describe=lambda cell: cell.name):
         start = time.perf_counter()
         resolved = resolve_run(cell.options)
-        key = repr({"features": cell.options["features"], **resolved["features"]})
+        key = repr({"features": settle(cell.options)["features"], **resolved["features"]})
         if key not in embedded:
             embedded[key] = _embed(td, config, cell, resolved, stand_in)
         batches = _reward(embedded[key], cell, resolved, tokenizer)
@@ -155,20 +155,21 @@ def _embed(
 ) -> list[TensorDictBase]:
     """The saved batches with the features of a cell: those that were kept, or those of a map that needs no model."""
     batches = [part.clone(False) for part in td.split(config["options"]["batch"])]
-    wanted = {"features": cell.options["features"], **resolved["features"]}
+    name = settle(cell.options)["features"]
+    wanted = {"features": name, **resolved["features"]}
     if wanted in config["features"]:
         kept = kept_features(config["features"].index(wanted))
         for part in batches:
             part[schema.ROLLOUT_FEATURES], part[schema.TARGET_FEATURES] = part[kept[0]], part[kept[1]]
         return batches
-    build = choose("features", cell.options["features"]).build
+    build = choose("features", name).build
     try:
         stage = as_module(build(stand_in, stand_in, **resolved["features"]).embed, documents=True)
     except _ModelNeeded as error:
         there = "; ".join(_words(entry) for entry in config["features"]) or "none"
         raise UsageError(
             f"cell {cell.name}: {_words(wanted)} needs the language model, and its features were not kept with"
-            f" the rollouts (kept: {there}). Save them with --keep features={cell.options['features']} and its options"
+            f" the rollouts (kept: {there}). Save them with --keep features={name} and its options"
         ) from error
     return [stage(part) for part in batches]
 

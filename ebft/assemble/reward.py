@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,9 @@ from ebft.objectives.energy_reward import energy_reward
 from ebft.objectives.scores import Values
 from ebft.objectives.shaping import Stage, shaped
 from ebft.objectives.verifiers import Decode, verifier
+from ebft.samplers.stop import Read, cut_text
 
+_AS_IT_IS = {"clean_up_tokenization_spaces": False}
 _SHAPING = ("drop_zero_spread", "normalize_advantage", "clip_advantage")
 
 
@@ -89,16 +91,25 @@ def build_reward(
     return shaped(combine(stages, parts, decode=decode), **shape)
 
 
-def decoder(tokenizer: Any) -> Decode:
-    """What turns tokens [M,G] with their mask [M,G] into M strings; special tokens are dropped."""
+def decoder(tokenizer: Any, *, stop: Sequence[str] = ()) -> Decode:
+    """What turns tokens [M,G] with their mask [M,G] into M strings; special tokens are dropped.
+
+    Args:
+        stop: texts are cut where one of these sequences begins.
+    """
 
     def decode(tokens, mask) -> list[str]:
         return [
-            tokenizer.decode(row[real].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            cut_text(tokenizer.decode(row[real].tolist(), skip_special_tokens=True, **_AS_IT_IS), stop)
             for row, real in zip(tokens, mask, strict=True)
         ]
 
     return decode
+
+
+def reader(tokenizer: Any) -> Read:
+    """What turns the tokens of a rollout into text, special tokens included."""
+    return partial(tokenizer.decode, skip_special_tokens=False, **_AS_IT_IS)
 
 
 def _matching(values: Values, options: Mapping[str, Any], **shape: Any) -> Stage:
@@ -142,7 +153,7 @@ def _verifier(
     if examples is None and made.wants == "example":
         raise UsageError(
             f"--verifier {options['verifier']} wants examples with tests, and --data {options['data']} has none: give"
-            " data with the fields prompt, answer and tests, or use chrf, bleu or exact_match"
+            " data with the fields prompt, answer and tests and --method rlvr, or use chrf, bleu or exact_match"
         )
     references = None if examples is None else lambda number: made.reference(examples(number))
     return verifier(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ebft.assemble.config import machine, versions
 from ebft.assemble.grid import check_axes, make_cells, of_components
 from ebft.assemble.pipeline import build_features, build_sampler
 from ebft.assemble.policy import load_policy
-from ebft.assemble.rows import pack_data, read_data
+from ebft.assemble.rows import check_anchors, pack_data, read_data
 from ebft.data.packing import batches as batches_of
 from ebft.errors import UsageError
 from ebft.features.contract import as_module
@@ -53,7 +54,9 @@ def rollouts_from_options(
         check_axes(over, allowed)
     cells = make_cells(over, options) if over else []
     chosen = [resolve_run(cell.options) for cell in cells]
-    resolved = resolve_run(options)
+    cells = [replace(cell, options=settle(cell.options)) for cell in cells]
+    resolved, given, options = resolve_run(options), dict(options), settle(options)
+    check_anchors(options)
     open_folder(out, resume=False)
     data = read_data(options)
     policy = load_policy(options)
@@ -67,7 +70,7 @@ def rollouts_from_options(
     projection = Projection(size, dimension=sketch, seed=options["seed"]) if sketch else None
     drawn = draw(
         policy,
-        build_sampler(policy, settle(options), resolved, answers=data.answers),
+        build_sampler(policy, options, resolved, answers=data.answers),
         maps,
         batches_of(train_rows, batch_size=options["batch"], seed=options["seed"]),
         batches=batches,
@@ -77,7 +80,7 @@ def rollouts_from_options(
     )
     found = list(Display(console).track(drawn, label="batches", total=batches))
     config = {
-        "options": dict(options),
+        "options": given,
         "batches": batches,
         "features": [_description(cell, parts) for cell, parts in zip(cells, chosen, strict=True)],
         "autocast": None if policy.autocast is None else str(policy.autocast).removeprefix("torch."),

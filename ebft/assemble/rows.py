@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ebft import schema
 from ebft.data.documents import Document
-from ebft.data.example_rows import count_unfit, pack_examples
+from ebft.data.example_rows import count_unfit, pack_examples, prompt_rows
 from ebft.data.examples import Example, Fields
 from ebft.data.named import DATA_SETS, half, load_parts
 from ebft.data.packing import pack
@@ -29,6 +29,11 @@ class Data:
     held_out: Sequence[Document] | Sequence[Example]
     answers: bool
 
+    def example(self, number: int) -> Example:
+        """The example that a row of `whole_rows` comes from, by its entry `example`: of both sides in one count."""
+        behind = number - len(self.train)
+        return self.train[number] if behind < 0 else self.held_out[behind]  # type: ignore[return-value]
+
 
 def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
     """The training and the held-out side of --data; needs no model, so a bad path is found at once.
@@ -39,9 +44,10 @@ def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
         UsageError: what the loaders raise, or an option that the data has no use for.
     """
     source, text_field = options["data"], options["text_field"]
-    given = {part: options[f"{part}_field"] for part in ("prompt", "answer") if options[f"{part}_field"] is not None}
+    named = {part: options[f"{part}_field"] for part in ("prompt", "answer", "tests")}
+    given = {part: name for part, name in named.items() if name is not None}
     if source in DATA_SETS:
-        for name in ("text_field", "prompt_field", "answer_field"):
+        for name in ("text_field", *(f"{part}_field" for part in named)):
             if options[name] is not None:
                 raise UsageError(
                     f"{_flag(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
@@ -85,10 +91,13 @@ def pack_data(
     Raises:
         UsageError: fewer training rows than one batch, or no row with room for an anchor.
     """
-    train_rows, held_rows = (
-        usable_rows(pack_part(part, data.answers, tokenizer, options), options, resolved)
-        for part in (data.train, data.held_out)
-    )
+    if options["sampler"] == "full":
+        train_rows, held_rows = whole_rows(data, tokenizer, options)
+    else:
+        train_rows, held_rows = (
+            usable_rows(pack_part(part, data.answers, tokenizer, options), options, resolved)
+            for part in (data.train, data.held_out)
+        )
     if data.answers:
         shape = {"length": options["length"], "chat": options["chat"]}
         left_out, cut = count_unfit([*data.train, *data.held_out], tokenizer, **shape)  # type: ignore[list-item]
@@ -113,12 +122,61 @@ def pack_part(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: 
     return pack(part, tokenizer, length=options["length"])
 
 
+def whole_rows(
+    data: Data, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[TensorDictBase, TensorDictBase]:
+    """Both sides with a prompt and its answer in a row; the entry `example` is the number of `Data.example`.
+
+    Raises:
+        UsageError: the data has no prompts.
+    """
+    if not data.answers:
+        raise UsageError(
+            f"--data {options['data']} is plain text, and whole answers want prompts: give qa-code, translation, or a"
+            " .jsonl or .tsv file with the fields 'prompt' and 'answer'"
+        )
+    shape = {"length": options["length"], "chat": options["chat"]}
+    train, held_out = (prompt_rows(part, tokenizer, answers=True, **shape) for part in (data.train, data.held_out))  # type: ignore[arg-type]
+    held_out[schema.EXAMPLE] += len(data.train)
+    return train, held_out
+
+
+def with_tests(data: Data, options: Mapping[str, Any], *, console: Console) -> Data:
+    """The examples that have tests.
+
+    Raises:
+        UsageError: a side without any.
+    """
+    train, held_out = ([e for e in part if getattr(e, "tests", ())] for part in (data.train, data.held_out))
+    for part, side in ((train, "training"), (held_out, "held-out")):
+        if not part:
+            raise UsageError(
+                f"--verifier unit_tests: --data {options['data']} has no {side} examples with tests;"
+                " --tests-field names the field of a file that holds them"
+            )
+    without = len(data.train) + len(data.held_out) - len(train) - len(held_out)
+    if without:
+        console.print(f"{without:,} examples without tests are left out", highlight=False)
+    return Data(train, held_out, answers=data.answers)  # type: ignore[arg-type]
+
+
 def usable_rows(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> TensorDictBase:
-    """The rows in which at least one anchor fits, so that no batch is without one."""
+    """The rows in which at least one anchor fits, so that no batch is without one.
+
+    Raises:
+        UsageError: a sampler that places no anchors.
+    """
+    check_anchors(options)
     placement = {"stride": 1, "first": resolved["sampler"]["first"], "horizon": options["horizon"]}
     masks = {"answer_mask": rows.get(schema.ANSWER_MASK, None), "document_ids": rows[schema.DOCUMENT_IDS]}
     _, anchor_mask = strided(rows[schema.MASK], **masks, **placement)
     return rows[anchor_mask.any(1)]
+
+
+def check_anchors(options: Mapping[str, Any]) -> None:
+    """Refuse the sampler that places no anchors, where they are wanted."""
+    if options["sampler"] == "full":
+        raise UsageError("--sampler full: here rollouts start at anchors, not at the end of prompts; use strided")
 
 
 def spread_rows(rows: TensorDictBase, count: int) -> TensorDictBase:

@@ -31,7 +31,7 @@ from ebft.assemble.pipeline import build_features, build_pipeline, training_stag
 from ebft.assemble.policy import load_policy
 from ebft.assemble.protections import say_protections
 from ebft.assemble.reward import build_values
-from ebft.assemble.rows import pack_data, read_data
+from ebft.assemble.rows import pack_data, read_data, with_tests
 from ebft.distributed import from_first, is_first
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
@@ -75,24 +75,36 @@ def run_from_options(
         given, changed = resumed_options(out, stored["options"], given, explicit, force=force)
     resolved, options = resolve_run(given), settle(given)
     check_logger(options["logger"])
-    name = re.sub(r"[^\w.]+", "-", "-".join(options[part] for part in ("method", "features", "sampler")))
+    parts = (options[part] for part in ("method", "features", "sampler"))
+    name = re.sub(r"[^\w.]+", "-", "-".join(part for part in parts if part is not None))
     out = from_first(out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
     if not resume and is_first() and out.exists():
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
     data = read_data(options)
-    console.print(
-        f"method {options['method']}, policy {options['policy']}, features {options['features']}", highlight=False
-    )
+    if options["objective"] == "verifier" and resolved["objective"]["verifier"] == "unit_tests":
+        data = with_tests(data, options, console=console)
+    console.print(f"method {options['method']}, policy {options['policy']}", highlight=False)
     policy = load_policy(options)
     reference = policy.reference()
     values = build_values(options, resolved)
-    features = build_features(policy, reference, options, resolved)
-    console.print(f"features: {features.note}", highlight=False, soft_wrap=True)
+    embed = None
+    if options["features"] is not None:
+        features = build_features(policy, reference, options, resolved)
+        embed = features.embed
+        console.print(f"features {options['features']}: {features.note}", highlight=False, soft_wrap=True)
+    whole = options["sampler"] == "full"
     if resolved["objective"].get("verifier") == "unit_tests":
         say_protections(console)
     measuring = build_pipeline(
-        policy, reference, options, resolved, values, answers=data.answers, feature_map=features.embed
+        policy,
+        reference,
+        options,
+        resolved,
+        values,
+        answers=data.answers,
+        feature_map=embed,
+        examples=data.example if whole else None,
     )
     pipeline = training_stages(measuring, options)
     train_rows, held_rows = pack_data(data, policy.tokenizer, options, resolved, console=console)
@@ -101,7 +113,8 @@ def run_from_options(
     optimizer, scheduler = build_optimizer(parameters, options, resolved)
     loss = build_loss(options, resolved["pg"])
     console.print(
-        f"{len(train_rows):,} training and {len(held_rows)} held-out sequences of {options['length']} tokens;"
+        f"{len(train_rows):,} training and {len(held_rows)} held-out"
+        f" {'prompts with answers' if whole else 'sequences'} of {train_rows[schema.MASK].shape[1]} tokens;"
         f" {sum(p.numel() for p in parameters):,} trained weights on {policy.device}",
         highlight=False,
     )

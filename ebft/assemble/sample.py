@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ebft import schema
 from ebft.assemble.checks import check_ranges
-from ebft.assemble.policy import full_engine, policy_folder
+from ebft.assemble.policy import policy_folder
 from ebft.components import choose, resolve_options
 from ebft.data.documents import load_documents
 from ebft.data.packing import pack
@@ -19,8 +19,7 @@ from ebft.draw import check_sampling
 from ebft.errors import UsageError
 from ebft.loops.show import SCALE, rollout_lines
 from ebft.policy import CausalPolicy
-from ebft.samplers.anchors import single
-from ebft.samplers.full import prompt_lengths
+from ebft.samplers import full
 
 
 def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None:
@@ -65,7 +64,7 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
 def _place_and_engine(policy: CausalPolicy, name: str, placement: Mapping[str, int], *, horizon: int):
     """Where the rollouts of one text start and how they are drawn; `full` goes on after the text's end."""
     if name == "full":
-        return (lambda mask: single(prompt_lengths(mask))), full_engine(policy)
+        return full.place, full.full_engine(policy)
     place, engine = choose("sampler", name).build(policy, horizon=horizon, **placement)
     if name == "random":
         place = partial(place, seed=torch.zeros(1, dtype=torch.int64), sequence_ids=torch.zeros(1, dtype=torch.int64))

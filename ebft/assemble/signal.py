@@ -87,6 +87,7 @@ def signal_from_options(
 
     data = read_data(base)
     policy = load_policy(base)
+    base = settle(base)
     parameters = chosen_parameters(policy, options["parameters"])
     for name, weight in policy.trainable().items():
         weight.requires_grad_(name in parameters)  # no graph below the first layer that is measured

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from ebft.assemble.checks import check_ranges
 from ebft.assemble.config import versions
 from ebft.assemble.pipeline import build_features, build_sampler
-from ebft.assemble.rows import pack_data, read_data
+from ebft.assemble.rows import check_anchors, pack_data, read_data
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import METHOD_OPTIONS
 from ebft.draw import check_sampling
@@ -56,7 +56,7 @@ def tilt_from_options(options: Mapping[str, Any], *, out: Path | None, console: 
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-tilt-{options['features'].replace(':', '-')}"
     if out.exists():
         open_folder(out, resume=False)  # refused before the work
-    data = read_data({**options, "prompt_field": None, "answer_field": None, "chat": False})
+    data = read_data({**options, "prompt_field": None, "answer_field": None, "tests_field": None, "chat": False})
     policy = CausalPolicy.from_pretrained(options["policy"], device=options["device"], dtype=options["dtype"])
     policy.model.requires_grad_(False)
     sample = build_sampler(policy, options, resolved, answers=data.answers)
@@ -100,6 +100,7 @@ def tilt_from_options(options: Mapping[str, Any], *, out: Path | None, console: 
 
 def _check(options: Mapping[str, Any]) -> None:
     check_ranges(options)
+    check_anchors(options)
     check_sampling(temperature=options["temperature"], top_p=options["top_p"], top_k=None, min_p=None)
     if options["rollouts"] < 4 or options["rollouts"] % 2:
         raise UsageError(

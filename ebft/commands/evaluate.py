@@ -38,6 +38,7 @@ def evaluate(
     ] = None,
     prompt_field: Annotated[str | None, option(DATA, "Field that holds the prompt (default prompt)")] = None,
     answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
+    tests_field: Annotated[str | None, option(DATA, "Field that holds the tests (default tests)")] = None,
     chat: Annotated[bool, option(DATA, "Put prompts into the model's chat template.", "--chat")] = False,
     split: Annotated[
         str | None,
@@ -95,6 +96,14 @@ def evaluate(
     answers: Annotated[int, option(ANSWERS, "N, answers to each prompt.")] = 4,
     answer_temperature: Annotated[float, option(ANSWERS, "Sampling temperature of answers; 0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, option(ANSWERS, "Tokens of an answer at most.")] = 128,
+    stop: Annotated[
+        list[str] | None,
+        option(
+            ANSWERS,
+            "An answer ends where it says this, besides at EOS; again for another one (default: those of the run that"
+            " the policy comes from)",
+        ),
+    ] = None,
     k: Annotated[str | None, option(ANSWERS, "k of pass@k and best-of-k, at most N (default those of 1,4,16)")] = None,
     test_prompt: Annotated[
         bool | None,

@@ -48,7 +48,8 @@ def run(
         ),
     ] = None,
     method: Annotated[
-        str, option(METHOD, "What a run is made of: ebft or sft; `components` lists the options that each takes.")
+        str,
+        option(METHOD, "What a run is made of: ebft, sft or rlvr; `components` lists the options that each takes."),
     ] = "ebft",
     policy: Annotated[
         str,
@@ -94,6 +95,9 @@ def run(
         ),
     ] = None,
     answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
+    tests_field: Annotated[
+        str | None, option(DATA, "Field that holds the tests of a program, a string or a list (default tests)")
+    ] = None,
     chat: Annotated[
         bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")
     ] = False,
@@ -111,15 +115,30 @@ def run(
     ] = None,
     stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
     first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
-    horizon: Annotated[int, option(SAMPLING, "G, tokens of a rollout and of its target.")] = 8,
-    rollouts: Annotated[int, option(SAMPLING, "N, rollouts from every anchor; the baseline wants 3 or more.")] = 4,
+    horizon: Annotated[int | None, option(SAMPLING, "G, tokens of a rollout and of its target (default 8)")] = None,
+    max_new_tokens: Annotated[
+        int | None, option(SAMPLING, "rlvr: tokens of an answer at most, in place of --horizon (default 128)")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        option(
+            SAMPLING,
+            "rlvr: an answer ends where it says this, besides at EOS; again for another one. What follows is neither"
+            " rewarded nor learnt (default: EOS alone)",
+        ),
+    ] = None,
+    rollouts: Annotated[
+        int | None,
+        option(SAMPLING, "N, rollouts from every anchor; the baseline wants 3 or more (default 4; rlvr: 8)"),
+    ] = None,
     temperature: Annotated[
         float, option(SAMPLING, "Sampling temperature; the gradient is the tempered policy's.")
     ] = 1.0,
     top_p: Annotated[float, option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
     features: Annotated[
-        str, option(MATCHING, "Feature map whose moments are matched; several: join:hidden+0.5*sbert.")
-    ] = "sbert",
+        str | None,
+        option(MATCHING, "Feature map whose moments are matched; several: join:hidden+0.5*sbert (default sbert)"),
+    ] = None,
     encoder: Annotated[
         str | None, option(MATCHING, "sbert: sentence encoder, a name, folder or hub id (default minilm-l6)")
     ] = None,
@@ -216,7 +235,12 @@ def run(
     ] = None,
     test_prompt: Annotated[
         bool | None,
-        option(MATCHING, "verifier unit_tests: the program is the prompt and what follows it", "--test-prompt"),
+        option(
+            MATCHING,
+            "verifier unit_tests: programs are prompt and answer together, or the answer alone (default: together where"
+            " the prompt and the reference are a program)",
+            "--test-prompt/--no-test-prompt",
+        ),
     ] = None,
     energy: Annotated[
         str | None, option(MATCHING, "energy: its file, an energy.safetensors as the command tilt writes it")
@@ -224,7 +248,9 @@ def run(
     diversity: Annotated[
         float | None, option(MATCHING, "Weight of the diversity term; below 1 seeks modes (default 1)")
     ] = None,
-    estimator: Annotated[str | None, option(MATCHING, "Baseline of the policy gradient (default rloo_tuned)")] = None,
+    estimator: Annotated[
+        str | None, option(MATCHING, "Baseline of the policy gradient (default rloo_tuned; rlvr: group_norm)")
+    ] = None,
     credit: Annotated[
         str | None,
         option(MATCHING, "Reward tokens, from their own features: reward_to_go, total or own (default: rollouts)"),
@@ -256,7 +282,7 @@ def run(
         int | None, option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
     ] = None,
     optimizer: Annotated[str, option(TRAINING, "Of torch.optim, in small letters: adamw, sgd, ...")] = "adamw",
-    lr: Annotated[float, option(TRAINING, "Learning rate, after warm-up.")] = 1e-3,
+    lr: Annotated[float | None, option(TRAINING, "Learning rate, after warm-up (default 0.001; rlvr: 0.0001)")] = None,
     lr_schedule: Annotated[
         str, option(TRAINING, "constant, linear or cosine: what becomes of it after warm-up.")
     ] = "linear",
@@ -282,7 +308,7 @@ def run(
             " training and policy/ are then of the average (default none)",
         ),
     ] = None,
-    pg: Annotated[str | None, option(LOSS, "Policy gradient (default reinforce)")] = None,
+    pg: Annotated[str | None, option(LOSS, "Policy gradient (default reinforce; rlvr: clipped)")] = None,
     clip: Annotated[
         str | None,
         option(LOSS, "clipped, sequence_clipped, cispo: bounds of the ratio, 0.2 or 0.2,0.28"),
@@ -309,7 +335,8 @@ def run(
         str | None,
         option(
             LOSS,
-            "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code) (default sequence)",
+            "sequence: sum over a rollout's tokens (the paper); token: mean over tokens (its code) (default sequence;"
+            " rlvr: token)",
         ),
     ] = None,
     pg_weight: Annotated[float | None, option(LOSS, "Weight of the policy gradient (default 1)")] = None,
@@ -318,17 +345,22 @@ def run(
     ] = None,
     ce: Annotated[
         float | None,
-        option(LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon (default 2; sft: 1)"),
+        option(
+            LOSS, "Weight of the cross-entropy per token: the paper's γ times the horizon (default 2; sft: 1; rlvr: 0)"
+        ),
     ] = None,
     ce_tokens: Annotated[str, option(LOSS, "Tokens under cross-entropy: all, answers, or auto.")] = "auto",
     ce_schedule: Annotated[str | None, option(LOSS, "Schedule of --ce (default constant)")] = None,
-    kl: Annotated[float | None, option(LOSS, "β, weight of the divergence from the start (default 0)")] = None,
+    kl: Annotated[
+        float | None, option(LOSS, "β, weight of the divergence from the start (default 0; rlvr: 0.04)")
+    ] = None,
     kl_mode: Annotated[
         str | None,
         option(
             LOSS,
             "Estimator k1, k2 or k3; exact or exact_forward, KL(policy ‖ start) or KL(start ‖ policy) over the whole"
-            " vocabulary at every token, in the loss (default: what descends KL(policy ‖ start): k2, in the reward k1)",
+            " vocabulary at every token, in the loss (default: what descends KL(policy ‖ start): k2, in the"
+            " reward k1; rlvr: k3)",
         ),
     ] = None,
     kl_in: Annotated[str | None, option(LOSS, "Divergence in the loss or in the reward (default loss)")] = None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ebft.components.component import Component
 
+_ROLLOUTS: dict[str, Any] = {"sampler": "strided", "horizon": 8, "rollouts": 4, "features": "sbert", "lr": 1e-3}
 # The weight of each term of the loss, how it changes and how it is computed.
 _CROSS_ENTROPY: dict[str, Any] = {"ce": 2.0, "ce_schedule": None}
 _POLICY_GRADIENT: dict[str, Any] = {
@@ -49,11 +50,24 @@ _MATCHING: dict[str, Any] = {
 METHODS = {
     "ebft": Component(
         "feature matching on short rollouts from every prefix, with cross-entropy (the paper's)",
-        {"sampler": "strided", **_MATCHING, **_POLICY_GRADIENT, **_CROSS_ENTROPY, **_DIVERGENCE, "entropy": 0.0},
+        {**_ROLLOUTS, **_MATCHING, **_POLICY_GRADIENT, **_CROSS_ENTROPY, **_DIVERGENCE, "entropy": 0.0},
     ),
     "sft": Component(
         "cross-entropy alone: no rollouts but those of the held-out measurement",
-        {"sampler": "strided", **_CROSS_ENTROPY, "ce": 1.0},
+        {**_ROLLOUTS, **_CROSS_ENTROPY, "ce": 1.0},
+    ),
+    # What GRPO is run with (arXiv 2402.03300, and DAPO's mean over tokens, arXiv 2503.14476, in place of one over each
+    # answer's, which makes long wrong answers cheap).
+    "rlvr": Component(
+        "GRPO: whole answers to prompts, a verifiable reward, clipped ratios, divergence from the start",
+        {
+            **{"max_new_tokens": 128, "stop": None, "rollouts": 8, "lr": 1e-4},
+            **{**_POLICY_GRADIENT, "estimator": "group_norm", "pg": "clipped", "normalization": "token"},
+            **{**_DIVERGENCE, "kl": 0.04, "kl_mode": "k3"},
+            **{**_CROSS_ENTROPY, "ce": 0.0, "entropy": 0.0},
+        },
     ),
 }
+# What a method is, so that nobody may choose it.
+GIVEN: dict[str, dict[str, Any]] = {"rlvr": {"sampler": "full", "objective": "verifier"}}
 METHOD_OPTIONS = tuple(dict.fromkeys(option for entry in METHODS.values() for option in entry.options))

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from ebft.components.component import Component
+from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
-from ebft.samplers import anchors, independent, snapshot
+from ebft.samplers import anchors, full, independent, snapshot
 from ebft.samplers.component import Engine, Place
 
 
@@ -39,10 +40,17 @@ def _snapshot(policy: CausalPolicy, *, horizon: int, stride: int, first: int) ->
     return place, partial(snapshot.sample, snapshot.cache_reader(policy))
 
 
+def _full(policy: CausalPolicy, *, horizon: int) -> tuple[Place, Engine]:
+    if policy.tokenizer.eos_token_id is None:
+        raise UsageError("--sampler full: whole answers end at EOS, and the policy's tokenizer has none")
+    return full.place, full.full_engine(policy)
+
+
 _ANCHORS = {"stride": 16, "first": 16}
 SAMPLERS = {
     "strided": Component("rollouts from every STRIDE-th prefix; each prefix is computed once", _ANCHORS, _strided),
     "random": Component("as many anchors as strided, drawn without replacement: an ablation", _ANCHORS, _random),
     "snapshot": Component("strided anchors, by copies of the model's own cache: recurrent layers", _ANCHORS, _snapshot),
     "independent": Component("strided anchors, one full forward per rollout and token: slow", _ANCHORS, _independent),
+    "full": Component("whole answers, from the end of every prompt to EOS; wants prompts with answers", {}, _full),
 }

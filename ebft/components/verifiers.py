@@ -14,6 +14,7 @@ from torch import Tensor
 from ebft.components.component import nearest
 from ebft.errors import UsageError
 from ebft.objectives import verifiers
+from ebft.objectives.programs import programs
 
 
 class Reference(Protocol):
@@ -49,16 +50,17 @@ class Verifier:
         return example if self.wants == "example" else example.answer
 
 
-def _unit_tests(*, test_credit: str, test_timeout: float, test_prompt: bool) -> verifiers.Score:
+def _unit_tests(*, test_credit: str, test_timeout: float, test_prompt: bool | None) -> verifiers.Score:
     if test_credit not in ("all", "share"):
         raise UsageError(f"--test-credit {test_credit!r}: expected 'all' or 'share'")
     if not test_timeout > 0:
         raise UsageError(f"--test-timeout {test_timeout}: expected seconds above 0")
 
     def score(texts: Sequence[str], examples: Sequence[Reference]) -> Tensor:
-        programs = [e.prompt + text if test_prompt else text for text, e in zip(texts, examples, strict=True)]
+        prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
+        sources = programs(texts, prompts, answers, together=test_prompt)
         tests = [list(example.tests) for example in examples]
-        return verifiers.unit_tests(programs, tests, credit=test_credit, timeout=test_timeout)
+        return verifiers.unit_tests(sources, tests, credit=test_credit, timeout=test_timeout)
 
     return score
 
@@ -74,7 +76,7 @@ _VERIFIERS: dict[str, tuple[dict[str, Any], Callable[..., verifiers.Score]]] = {
         {"word_order": 0, "lowercase": False},
         lambda word_order, lowercase: partial(verifiers.chrf, word_order=word_order, lowercase=lowercase),
     ),
-    "unit_tests": ({"test_credit": "all", "test_timeout": 5.0, "test_prompt": False}, _unit_tests),
+    "unit_tests": ({"test_credit": "all", "test_timeout": 5.0, "test_prompt": None}, _unit_tests),
 }
 VERIFIERS = tuple(_VERIFIERS)
 OPTIONS = dict.fromkeys(option for options, _ in _VERIFIERS.values() for option in options)

@@ -101,30 +101,43 @@ def pack_examples(
 
 
 def prompt_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, length: int, chat: bool = False
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    chat: bool = False,
+    answers: bool = False,
 ) -> TensorDict:
     """A prompt a row, for sampling whole answers and verifying them; longer prompts than `length` are left out.
 
     Args:
-        length: the most tokens that a prompt may have; T is the longest one's.
+        length: the most tokens that a row may have; T is the longest one's.
+        answers: the example's answer with EOS follows the prompt, its end cut off where it does not fit; prompts that
+            leave no room for any of it are left out, see `count_unfit`.
 
     Returns:
         TensorDict of batch size [B]: tokens [B, T] int64, right-padded; mask [B, T] bool; sequence_ids [B] int64;
-        example [B] int64, the place in `examples` where the answer and the tests are.
+        example [B] int64, the place in `examples` where the answer and the tests are; with `answers` answer_mask
+        [B, T] bool, True on answers and their EOS.
 
     Raises:
         UsageError: what `tokenise` raises, or no prompt is short enough.
     """
     # An empty prompt has no token to predict from.
-    pieces = [piece for piece in tokenise(examples, tokenizer, chat=chat, eos=False) if 0 < len(piece.prompt) <= length]
+    room = length - 1 if answers else length
+    tokenised = tokenise(examples, tokenizer, chat=chat, eos=answers)
+    pieces = [piece for piece in tokenised if 0 < len(piece.prompt) <= room]
     if not pieces:
         raise UsageError(f"length={length}: all {len(examples)} prompts are longer. Allow more tokens")
-    tokens = torch.full((len(pieces), max(len(piece.prompt) for piece in pieces)), padding_id(tokenizer))
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for r, piece in enumerate(pieces):
-        tokens[r, : len(piece.prompt)] = torch.tensor(piece.prompt)
-        mask[r, : len(piece.prompt)] = True
-    return _rows(tokens, mask, {EXAMPLE: torch.tensor([piece.example for piece in pieces])})
+    wholes = [(piece.prompt + piece.answer * answers)[:length] for piece in pieces]
+    tokens = torch.full((len(pieces), max(map(len, wholes))), padding_id(tokenizer))
+    mask, answer_mask = (torch.zeros_like(tokens, dtype=torch.bool) for _ in range(2))
+    for r, (piece, whole) in enumerate(zip(pieces, wholes, strict=True)):
+        tokens[r, : len(whole)] = torch.tensor(whole)
+        mask[r, : len(whole)] = True
+        answer_mask[r, len(piece.prompt) : len(whole)] = True
+    marked = {ANSWER_MASK: answer_mask} if answers else {}
+    return _rows(tokens, mask, {**marked, EXAMPLE: torch.tensor([piece.example for piece in pieces])})
 
 
 def count_unfit(

@@ -45,11 +45,11 @@ def evaluate(
         reference: the start, to measure the divergence from; None says that the policy is the start.
 
     Yields:
-        (sums, batch): `sums` maps each of `METRICS` to (sum [B], count [B]) over the anchors (tokens, for
-        cross-entropy and divergence) of each sequence, and `tokens`, `times` for throughput; `batch` is the TensorDict
-        with everything the pipeline wrote. The divergence is the k3 estimate, and it and the cross-entropy are
-        computed on the first rollout of each anchor, which is all they need. Of several processes each scores its own
-        rows, and all yield the same.
+        (sums, batch): `sums` maps each of `METRICS` (without features all but the first) to (sum [B], count [B]) over
+        the anchors (tokens, for cross-entropy and divergence) of each sequence, and `tokens`, `times` for throughput;
+        `batch` is the TensorDict with everything the pipeline wrote. The divergence is the k3 estimate, and it and the
+        cross-entropy are computed on the first rollout of each anchor, which is all they need. Of several processes
+        each scores its own rows, and all yield the same.
     """
     for td in data.split(batch_size):
         clock = Clock()
@@ -83,13 +83,16 @@ def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
 def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     valid = td[schema.ANCHOR_MASK]
     rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
-    matching = conditional_feature_matching_loss(*whole_features(td))
+    matching = {}
+    if td.get(schema.ROLLOUT_FEATURES, None) is not None:
+        loss = conditional_feature_matching_loss(*whole_features(td))
+        matching = {"feature_matching_loss": _per_sequence(loss, valid)}
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]) / rollouts
     predicted = prediction_mask(td[schema.MASK], td.get(schema.ANSWER_MASK, None), td.get(schema.DOCUMENT_IDS, None))
     ours = first[schema.POLICY_LOG_PROB]
     theirs = first.get(schema.REFERENCE_LOG_PROB, ours)
     return {
-        "feature_matching_loss": _per_sequence(matching, valid),
+        **matching,
         "cross_entropy": _per_sequence(-first[schema.POLICY_TOKEN_LOG_PROB], predicted),
         "kl": _per_sequence(kl_estimate(ours, theirs, estimator="k3"), first[schema.ROLLOUT_MASK]),
         "distinct_rollouts": _per_sequence(distinct, valid),
@@ -108,6 +111,7 @@ def concatenate(parts: list[dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor
     return {
         name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
         for name in METRICS
+        if name in parts[0]
     }
 
 

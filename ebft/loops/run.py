@@ -20,7 +20,7 @@ from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_
 from ebft.loops import checkpoint
 from ebft.loops.average import Average
 from ebft.loops.display import Display, result_table, stage_table, watch_line
-from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
+from ebft.loops.evaluate import concatenate, evaluate, mean, paired_difference
 from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.loggers import close_logger, log_result, log_step
@@ -242,15 +242,15 @@ def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, 
 
 def _held_out_row(step: int, before: Held, now: Held) -> dict[str, float]:
     """The metrics at a step, their paired changes from before and the standard errors of those."""
-    row: dict[str, float] = {"step": step, **{name: mean(now.sums[name]) for name in METRICS}}
-    for name in METRICS:
+    row: dict[str, float] = {"step": step, **{name: mean(sums) for name, sums in now.sums.items()}}
+    for name in now.sums:
         row[f"{name}_change"], row[f"{name}_standard_error"] = paired_difference(before.sums[name], now.sums[name])
     return row
 
 
 def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBase) -> dict[str, Any]:
     metrics = {}
-    for name in METRICS:
+    for name in after.sums:
         difference, error = paired_difference(before.sums[name], after.sums[name])
         metrics[name] = {
             "before": mean(before.sums[name]),
@@ -271,7 +271,7 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
         "metrics": metrics,
         "stages": stages,
         "n_sequences": len(held_out),
-        "n_anchors": int(before.sums["feature_matching_loss"][1].sum()),
+        "n_anchors": int(before.sums["reward"][1].sum()),
     }
 
 

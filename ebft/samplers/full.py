@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ebft.errors import UsageError
+from ebft.policy import CausalPolicy
+from ebft.samplers import snapshot
 from ebft.samplers.anchors import single
 from ebft.samplers.component import Engine
 
@@ -21,6 +25,27 @@ def prompt_lengths(mask: torch.Tensor, answer_mask: torch.Tensor | None = None) 
         return lengths
     answer = answer_mask & mask
     return torch.where(answer.any(1), answer.long().argmax(1), lengths)
+
+
+def place(mask: torch.Tensor, *, answer_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Anchors [B,1] and their mask [B,1]: the end of the prompt of every row, see `prompt_lengths`."""
+    return single(prompt_lengths(mask, answer_mask))
+
+
+def answer_lengths(mask: torch.Tensor, anchor_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rollouts with the mask [B,K,N,G]: their mean number of tokens and the share of those with all G, [B,K] each.
+
+    Both are 0 where `anchor_mask` [B,K] is False.
+    """
+    tokens = mask.sum(-1)
+    found = tokens.float().mean(-1), (tokens == mask.shape[-1]).float().mean(-1)
+    lengths, at_limit = (torch.where(anchor_mask, value, 0.0) for value in found)
+    return lengths, at_limit
+
+
+def full_engine(policy: CausalPolicy) -> Engine:
+    """What draws whole answers: the shared prefixes of `CausalPolicy.sample`, or copies of the model's own cache."""
+    return partial(snapshot.sample, snapshot.cache_reader(policy)) if policy.not_shared else policy.sample
 
 
 def sample(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -55,17 +54,6 @@ def best_of_k(values: Tensor, *, k: int) -> Tensor:
     total = math.comb(samples, k)
     weights = torch.tensor([math.comb(i, k - 1) / total for i in range(samples)], dtype=torch.float64)
     return (values.double().cpu().sort(-1).values * weights).sum(-1)
-
-
-def compiles(source: str) -> bool:
-    """Whether `source` is a Python program; nothing of it is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, "<answer>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-        return False
-    return True
 
 
 def bleu_statistics(texts: Sequence[str], references: Sequence[str]) -> Tensor:

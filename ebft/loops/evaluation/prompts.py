@@ -12,10 +12,11 @@ from torch import Tensor
 from ebft import schema
 from ebft.data.examples import Example
 from ebft.loops.evaluation import quantities as names
-from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, compiles, pass_at_k
+from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, pass_at_k
 from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.rollouts import EVALUATION_STEP
 from ebft.loops.train import at_step
+from ebft.objectives.programs import compiles, programs
 from ebft.objectives.verifiers import bleu, chrf, exact_match, unit_tests
 from ebft.samplers import full
 from ebft.samplers.component import Engine
@@ -97,18 +98,16 @@ def answer_totals(
     right = [example.answer for example in repeated]
     found: dict[Quantity, tuple[Tensor, Tensor]] = {}
     if any(example.tests for example in examples):
-        together = [compiles(e.prompt + e.answer) if test_prompt is None else test_prompt for e in examples]
-        pairs = zip(texts, examples, together, strict=True)
-        programs = [e.prompt * both + text for group, e, both in pairs for text in group]
+        sources = programs(flat, [e.prompt for e in repeated], right, together=test_prompt)
         tested = torch.tensor([bool(example.tests) for example in examples])
         passed = torch.zeros(len(flat))
         kept = [i for i, example in enumerate(repeated) if example.tests]
         tests = [list(repeated[i].tests) for i in kept]
-        passed[kept] = unit_tests([programs[i] for i in kept], tests, timeout=timeout).float()
+        passed[kept] = unit_tests([sources[i] for i in kept], tests, timeout=timeout).float()
         passed = passed.view(-1, samples)
         for k in ks:
             found[Quantity(PASS, at=k)] = (torch.where(tested, pass_at_k(passed, k=k), 0.0), tested.double())
-        built = torch.tensor([compiles(program) for program in programs]).view(-1, samples)
+        built = torch.tensor([compiles(source) for source in sources]).view(-1, samples)
         found[Quantity(COMPILES)] = _mean_over_answers(built)
     scores = {
         EXACT: exact_match(flat, right),
