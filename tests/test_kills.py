@@ -22,7 +22,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_run_that_was_not(tmp_path
     assert result["kills"] >= KILLS
     assert result["differences"] == []
     where = result["where"]
-    assert where["at a random moment"] >= 1  # how many such moments come before the end depends on the machine
+    assert where["at a random moment"] >= 3
     for needed in ("half save_file", "half save optimizer.pt", "before rename .step", "after rename .step", "fsync"):
         assert any(needed in place for place in where), where
 

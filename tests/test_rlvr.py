@@ -22,7 +22,7 @@ from tests.runs import go, metrics
 
 OVERLAP = """
 def overlap(texts, answers):
-    return [len(text) / 10 + len(set(text) & set(answer)) for text, answer in zip(texts, answers)]
+    return [len(text) / 10 + len(set(text) & set(right)) for text, right in zip(texts, answers)]
 """
 PROMPTS = [f"def f{i}(x):\n    return" for i in range(24)]
 
@@ -40,8 +40,8 @@ def rlvr(tiny_folder, tmp_path_factory):
     own.write_text(OVERLAP)
     return run_defaults() | {
         "method": "rlvr", "policy": str(tiny_folder), "data": str(data), "device": "cpu", "dtype": "float32", "lora": 0,
-        "length": 48, "max_new_tokens": 6, "rollouts": 4, "verifier": f"{own}:overlap", "steps": 4, "batch": 3, "micro_batch": 2,
-        "lr": 0.01, "held_out": 4, "save_every": 2,
+        "length": 48, "max_new_tokens": 6, "rollouts": 4, "verifier": f"{own}:overlap", "steps": 4, "batch": 3,
+        "micro_batch": 2, "lr": 0.01, "held_out": 4, "save_every": 2,
     }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_what_follows_a_stop_sequence_is_neither_rewarded_nor_learnt(rlvr):
     policy, td, _ = sampled(rlvr)
     first = policy.tokenizer.decode(td[schema.ROLLOUT_TOKENS][0, 0, 0, :1].tolist())
     assert td[schema.ROLLOUT_MASK][0, 0, 0].sum() > 1
-    _, cut, data = sampled(rlvr | {"stop": [first]})
+    _, cut, _ = sampled(rlvr | {"stop": [first]})
     assert cut[schema.ROLLOUT_MASK][0, 0, 0].sum() == 1
     assert (cut[schema.ROLLOUT_LOG_PROB][0, 0, 0, 1:] == 0).all()
     assert cut[schema.REWARD][0, 0, 0] == 0
@@ -165,7 +165,7 @@ def test_the_update_is_grpo_by_hand(rlvr, estimator):
     td = at_step(next(batches(rows, batch_size=3, seed=0)), seed=0, step=0)
     td = parts(options)[1]["sample"](td)  # drawn from the start of the run
     answers = []
-    for b, row in enumerate(td):
+    for row in td:
         prompt = row[schema.TOKENS][: int(row[schema.ANCHORS][0])]
         said = [t[m] for t, m in zip(row[schema.ROLLOUT_TOKENS][0], row[schema.ROLLOUT_MASK][0], strict=True)]
         texts = [policy.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in said]
@@ -198,8 +198,9 @@ def test_the_update_is_grpo_by_hand(rlvr, estimator):
         losses.append(loss.item())
     assert record["loss"] == pytest.approx(losses[0], abs=1e-5)
     moved = 0.0
-    for ours, theirs, old in zip(policy.model.parameters(), twin.model.parameters(), parts(options)[0].model.parameters(),
-                                 strict=True):  # fmt: skip
+    untouched = parts(options)[0]
+    weights = (model.model.parameters() for model in (policy, twin, untouched))
+    for ours, theirs, old in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-4)
         moved = max(moved, (ours - old).abs().max().item())
     assert moved > 1e-3

@@ -60,7 +60,8 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
     settled = {**options, **_WITHOUT, **taken, **GIVEN.get(method, {})}
     if not settled["kl"]:  # then what it has by default beside it does not count
         settled |= {name: options[name] for name in OF_THE_DIVERGENCE if name in taken}
-    settled["horizon"] = settled["horizon"] or settled["max_new_tokens"]
+    if settled["horizon"] is None:
+        settled["horizon"] = settled["max_new_tokens"]
     if options["steps"] is None and options["epochs"] is None:
         settled["steps"] = DEFAULT_STEPS
     return settled

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ebft import __version__
+from ebft.components.methods import with_defaults
 from ebft.distributed import size
 from ebft.errors import UsageError
 from ebft.files import write_json
@@ -60,9 +61,10 @@ def resumed_options(
     Raises:
         UsageError: an option differs, without `force`.
     """
-    changed = {name: options[name] for name in sorted(explicit) if options[name] != stored.get(name)}
+    was, now = with_defaults(stored), with_defaults(options)
+    changed = {name: options[name] for name in sorted(explicit) if now[name] != was.get(name)}
     if changed and not force:
-        differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored.get(k)})" for k, v in changed.items())
+        differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in changed.items())
         raise UsageError(
             f"--resume goes on with the options of {out}, but {differences}: leave them out, or go on with the new ones"
             " with --force"

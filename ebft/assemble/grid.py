@@ -11,6 +11,7 @@ from typing import Any
 
 from ebft.components import GROUPS, OPTION_NAMES, choose
 from ebft.components.component import nearest
+from ebft.components.methods import with_defaults
 from ebft.errors import UsageError
 from ebft.loops.ablation.results import Cell
 
@@ -104,7 +105,7 @@ def make_cells(
     """
     if one_at_a_time:
         settings: list[dict[str, Any]] = [{}]
-        filled = _filled(base)
+        filled = with_defaults(base)
         settings += [{name: value} for name, values in axes.items() for value in values if value != filled[name]]
     else:
         for name in axes:
@@ -152,15 +153,9 @@ def of_components(*groups: str) -> tuple[str, ...]:
 
 def _taken(options: Mapping[str, Any]) -> set[str]:
     """Options that the method and the chosen components take."""
-    filled = _filled(options)
+    filled = with_defaults(options)
     chosen = [choose(group, filled[group]) for group in GROUPS if filled.get(group) is not None]
     return {option for component in chosen for option in component.options}
-
-
-def _filled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the method's defaults for those that nobody gave."""
-    defaults = choose("method", options["method"]).options if "method" in options else {}
-    return {**options, **{name: value for name, value in defaults.items() if options.get(name) is None}}
 
 
 def _flag(name: str) -> str:

@@ -175,7 +175,7 @@ def usable_rows(rows: TensorDictBase, options: Mapping[str, Any], resolved: Mapp
 
 def check_anchors(options: Mapping[str, Any]) -> None:
     """Refuse the sampler that places no anchors, where they are wanted."""
-    if options["sampler"] == "full":
+    if options.get("sampler") == "full":
         raise UsageError("--sampler full: here rollouts start at anchors, not at the end of prompts; use strided")
 
 

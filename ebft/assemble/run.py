@@ -82,7 +82,8 @@ def run_from_options(
         open_folder(out, resume=False)  # refused before the work; made after the checks
 
     data = read_data(options)
-    if options["objective"] == "verifier" and resolved["objective"]["verifier"] == "unit_tests":
+    whole = options["sampler"] == "full"
+    if whole and resolved["objective"].get("verifier") == "unit_tests":
         data = with_tests(data, options, console=console)
     console.print(f"method {options['method']}, policy {options['policy']}", highlight=False)
     policy = load_policy(options)
@@ -93,7 +94,6 @@ def run_from_options(
         features = build_features(policy, reference, options, resolved)
         embed = features.embed
         console.print(f"features {options['features']}: {features.note}", highlight=False, soft_wrap=True)
-    whole = options["sampler"] == "full"
     if resolved["objective"].get("verifier") == "unit_tests":
         say_protections(console)
     measuring = build_pipeline(

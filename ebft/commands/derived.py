@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from ebft.commands.options import plain
 from ebft.commands.run import run
 from ebft.errors import UsageError
 
@@ -83,6 +84,7 @@ def parse_option(name: str, text: str) -> Any:
             raise UsageError(f"--over {name}: {text!r} is neither true nor false")
         return text == "true"
     try:
-        return _command().make_context("run", [f"{parameter.opts[0]}={text}"], resilient_parsing=False).params[name]
+        context = _command().make_context("run", [f"{parameter.opts[0]}={text}"], resilient_parsing=False)
+        return plain(context.params[name])
     except typer.BadParameter as error:
         raise UsageError(f"--over {name}: {text!r}: {error.message}") from error

@@ -60,12 +60,17 @@ def _converted(context: typer.Context, options: Mapping[str, Any], where: str) -
     }
 
 
+def plain(value: Any) -> Any:
+    """The values of an option that may be given again as a list, None where there are none; others as they are."""
+    return (list(value) or None) if isinstance(value, tuple) else value
+
+
 def given_options(context: typer.Context, *, besides: Collection[str]) -> tuple[dict[str, Any], set[str]]:
     """The options of a command but those named in `besides`, by parameter name, and which of them the user gave.
 
     Those from files of options count as given. --steps on the command line is instead of --epochs in a file.
     """
-    options = {name: value for name, value in context.params.items() if name not in besides}
+    options = {name: plain(value) for name, value in context.params.items() if name not in besides}
     sources = {name: context.get_parameter_source(name).name for name in options}  # type: ignore[union-attr]
     for name, other in (("epochs", "steps"), ("steps", "epochs")):
         if sources.get(name) == "DEFAULT_MAP" and sources.get(other) == "COMMANDLINE":

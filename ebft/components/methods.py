@@ -6,9 +6,10 @@ is not listed here belongs to all methods. What a method does not list does not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ebft.components.component import Component
+from ebft.components.component import Component, select
 
 _ROLLOUTS: dict[str, Any] = {"sampler": "strided", "horizon": 8, "rollouts": 4, "features": "sbert", "lr": 1e-3}
 # The weight of each term of the loss, how it changes and how it is computed.
@@ -71,3 +72,13 @@ METHODS = {
 # What a method is, so that nobody may choose it.
 GIVEN: dict[str, dict[str, Any]] = {"rlvr": {"sampler": "full", "objective": "verifier"}}
 METHOD_OPTIONS = tuple(dict.fromkeys(option for entry in METHODS.values() for option in entry.options))
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the method's defaults for those that nobody gave (None).
+
+    Raises:
+        UsageError: an unknown method.
+    """
+    defaults = select("method", METHODS, options["method"]).options if "method" in options else {}
+    return {**options, **{name: value for name, value in defaults.items() if options.get(name) is None}}

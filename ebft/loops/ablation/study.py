@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ebft.errors import UsageError
 from ebft.files import write_json
+from ebft.loops.ablation.results import shown
 from ebft.loops.display import Display
 from ebft.loops.interrupt import Interrupted
 
@@ -47,7 +48,7 @@ def state(run: Run) -> str:
         raise UsageError(f"{path} does not hold the options of a run: remove {run.folder}") from error
     wanted = json.loads(json.dumps(run.options))
     differing = [
-        f"--{name.replace('_', '-')} {value} (there {stored[name]})"
+        f"--{name.replace('_', '-')} {value} (there {shown(stored[name])})"
         for name, value in wanted.items()
         if name in stored and stored[name] != value
     ]
