@@ -17,6 +17,7 @@ from ebft.commands.rollouts import rollouts
 from ebft.commands.run import run
 from ebft.commands.sample import sample
 from ebft.commands.signal import signal
+from ebft.commands.study import study
 from ebft.commands.tilt import tilt
 from ebft.distributed import is_first, number, said_by_first, started
 from ebft.errors import UsageError
@@ -39,7 +40,7 @@ def _app(context: typer.Context) -> None:
         )
 
 
-for command in (run, evaluate, compare, sample, signal, tilt, ablate, rollouts, components, data):
+for command in (run, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
     app.command()(command)
 
 

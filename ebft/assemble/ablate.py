@@ -15,12 +15,13 @@ from ebft.assemble.loss import build_loss
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import read_data
 from ebft.assemble.run import run_from_options
+from ebft.assemble.starts import same_start
 from ebft.components.component import nearest
 from ebft.errors import UsageError
 from ebft.files import write_atomically, write_json
 from ebft.loops.ablation.plots import draw_axes
 from ebft.loops.ablation.results import Cell, Results, read_rows, write_rows
-from ebft.loops.ablation.study import DONE, Run, run_study, state
+from ebft.loops.ablation.study import Run, run_study, state
 from ebft.loops.ablation.tables import compare, study_markdown, study_table
 from ebft.loops.run import open_folder
 
@@ -34,15 +35,6 @@ YARDSTICKS = {
     "distinct_rollouts": (*_TEXT, *_SAMPLING),
     "feature_matching_loss": _FEATURES,
     "reward": (*_FEATURES, *of_components("whitening", "objective"), "diversity", "credit"),
-}
-
-# Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the
-# whitening may be calibrated with batches; nor `estimator`: the samples show advantages.)
-_TRAINING_ALONE = {
-    *("steps", "micro_batch", "lr"),
-    *("checkpointing", "pg", "clip", "updates", "truncate_weights", "normalization", "pg_weight", "pg_schedule"),
-    *("ce", "ce_tokens", "ce_schedule", "kl", "kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop"),
-    *("entropy", "save_every", "keep"),
 }
 
 SHOWN = ("cross_entropy", "feature_matching_loss", "reward")
@@ -182,17 +174,7 @@ def _run(cell: Cell, seed: int, out: Path) -> Run:
 
 
 def _begin(runs: Sequence[Run], run: Run, resume: bool, console: Console) -> None:
-    before = None if resume else _same_start(runs, run)
+    before = None if resume else same_start(runs, run.options)
     run_from_options(
         run.options, explicit=set(run.options), out=run.folder, resume=resume, console=console, before=before
     )
-
-
-def _same_start(runs: Sequence[Run], run: Run) -> Path | None:
-    """The held-out measurement of the start by a finished run whose start is measured alike, if there is one."""
-    for other in runs:
-        differing = {name for name, value in run.options.items() if other.options[name] != value}
-        path = other.folder / "before.json"
-        if other is not run and differing <= _TRAINING_ALONE and state(other) == DONE and path.is_file():
-            return path
-    return None

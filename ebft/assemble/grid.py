@@ -121,7 +121,7 @@ def make_cells(
     for chosen in settings:
         options = {**base, **chosen}
         try:
-            taken = _taken(options)
+            taken = taken_options(options)
         except UsageError as error:
             raise UsageError(f"cell {Cell(chosen, options).name}: {error}") from error
         dropped = [name for name in shared if name not in chosen and name not in taken]
@@ -151,7 +151,7 @@ def of_components(*groups: str) -> tuple[str, ...]:
     return (*groups, *(option for group in groups for entry in GROUPS[group].values() for option in entry.options))
 
 
-def _taken(options: Mapping[str, Any]) -> set[str]:
+def taken_options(options: Mapping[str, Any]) -> set[str]:
     """Options that the method and the chosen components take."""
     filled = with_defaults(options)
     chosen = [choose(group, filled[group]) for group in GROUPS if filled.get(group) is not None]

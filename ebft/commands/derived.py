@@ -67,6 +67,16 @@ def run_defaults() -> dict[str, Any]:
     return {p.name: p.default for p in _command().params if p.name not in NOT_OF_THE_RUN}
 
 
+def evaluate_defaults() -> dict[str, Any]:
+    """The options of `evaluate` with their defaults, by parameter name."""
+    from ebft.commands.evaluate import evaluate
+
+    app = typer.Typer(add_completion=False)
+    app.command()(evaluate)
+    parameters: Any = typer.main.get_command(app).params
+    return {p.name: p.default for p in parameters if p.name not in NOT_OF_THE_RUN}
+
+
 def options_under(*panels: str) -> set[str]:
     """The options of `run` that stand under these panels of its help."""
     return {p.name for p in _command().params if p.rich_help_panel in panels and p.name not in NOT_OF_THE_RUN}

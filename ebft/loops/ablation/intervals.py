@@ -59,6 +59,18 @@ def paired_interval(
     return t_interval([values[key] - base[key] for key in shared], confidence=confidence)
 
 
+def p_value(differences: Sequence[float]) -> float:
+    """Of the two-sided t-test that paired differences have mean 0; NaN for fewer than two of them."""
+    mean, error, count = t_interval(differences)
+    if count < 2:
+        return math.nan
+    if error == 0:
+        return 0.0 if mean else 1.0
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(mean) / error * reach(count - 1), count - 1))
+
+
 class Jackknife(NamedTuple):
     """A statistic of all units, and what it is without each of them, [M] float64."""
 

@@ -23,11 +23,15 @@ NEW, BEGUN, DONE = "new", "begun", "done"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its name for people, its options and its folder."""
+    """One run of a study: its name for people, its options (those known before it begins) and its folder.
+
+    Runs of one `kind` take about as long as each other.
+    """
 
     name: str
     options: Mapping[str, Any]
     folder: Path
+    kind: str = ""
 
 
 Begin = Callable[[Run, bool, Console], None]  # (run, whether it goes on, where it prints)
@@ -42,10 +46,28 @@ def state(run: Run) -> str:
     path = run.folder / "config.json"
     if not path.is_file():
         return NEW
+    refuse_other_options(run, stored_options(path))
+    return DONE if (run.folder / "evaluation.json").is_file() else BEGUN
+
+
+def stored_options(path: Path) -> dict[str, Any]:
+    """The `options` in a file of a run.
+
+    Raises:
+        UsageError: there are none.
+    """
     try:
-        stored = json.loads(path.read_text())["options"]
+        return dict(json.loads(path.read_text())["options"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} does not hold the options of a run: remove {run.folder}") from error
+        raise UsageError(f"{path} does not hold the options of a run: remove {path.parent}") from error
+
+
+def refuse_other_options(run: Run, stored: Mapping[str, Any]) -> None:
+    """Refuse to take what was made with the `stored` options for `run`.
+
+    Raises:
+        UsageError: names the options that differ.
+    """
     wanted = json.loads(json.dumps(run.options))
     differing = [
         f"--{name.replace('_', '-')} {value} (there {shown(stored[name])})"
@@ -56,11 +78,16 @@ def state(run: Run) -> str:
         raise UsageError(
             f"{run.folder} holds a run with other options: {', '.join(differing)}. Give those, or another --out"
         )
-    return DONE if (run.folder / "evaluation.json").is_file() else BEGUN
 
 
 def run_study(
-    runs: Sequence[Run], begin: Begin, *, out: Path, console: Console, finished: Callable[[], None]
+    runs: Sequence[Run],
+    begin: Begin,
+    *,
+    out: Path,
+    console: Console,
+    finished: Callable[[], None],
+    find_state: Callable[[Run], str] = state,
 ) -> dict[str, str]:
     """Run what is not done yet; what a run prints goes to `<its folder>.log`.
 
@@ -69,6 +96,7 @@ def run_study(
     Args:
         begin: starts or resumes a run and returns when it is done.
         finished: is called after every run, to write down what there is by then.
+        find_state: of a run that is not one of training.
 
     Returns:
         Failures, run -> message.
@@ -77,7 +105,7 @@ def run_study(
         UsageError: a folder holds a run with other options; nothing was run.
         Interrupted: Ctrl-C; what is done is kept, the same command goes on.
     """
-    states = [state(run) for run in runs]
+    states = [find_state(run) for run in runs]
     waiting = [(run, there) for run, there in zip(runs, states, strict=True) if there != DONE]
     done = len(runs) - len(waiting)
     if done:
@@ -104,9 +132,9 @@ def _one_by_one(
     waiting: Sequence[tuple[Run, str]], begin: Begin, console: Console, *, total: int
 ) -> Iterator[tuple[Run, str | None, str]]:
     """Yields (run, what went wrong, how long the others will take) as runs end."""
-    start = time.perf_counter()
+    taken: dict[str, list[float]] = {}
     for number, (run, there) in enumerate(waiting, start=1):
-        place = total - len(waiting) + number
+        place, start = total - len(waiting) + number, time.perf_counter()
         console.print(f"run {place} of {total}: {run.name}, {run.folder}.log", soft_wrap=True, highlight=False)
         try:
             error = _logged(run, there == BEGUN, begin)
@@ -114,8 +142,19 @@ def _one_by_one(
             raise Interrupted(
                 f"stopped in run {place} of {total}, {run.name}; what is done is kept, the same command goes on"
             ) from stop
-        left = (time.perf_counter() - start) / number * (len(waiting) - number)
+        taken.setdefault(run.kind, []).append(time.perf_counter() - start)
+        left = time_left(taken, [other.kind for other, _ in waiting[number:]])
         yield run, error, f"{run.name}{f'; about {_duration(left)} left' if number < len(waiting) else ''}"
+
+
+def time_left(taken: Mapping[str, Sequence[float]], kinds: Sequence[str]) -> float:
+    """Seconds that runs of these kinds will take, from those that runs of each kind took.
+
+    A kind of which there was none yet takes as long as the mean over kinds.
+    """
+    means = {kind: sum(seconds) / len(seconds) for kind, seconds in taken.items()}
+    overall = sum(means.values()) / len(means)
+    return sum(means.get(kind, overall) for kind in kinds)
 
 
 def _logged(run: Run, resume: bool, begin: Begin) -> str | None:

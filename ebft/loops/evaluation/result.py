@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,32 @@ def paired_differences(first: Totals, second: Totals, **options: Any) -> list[En
     Raises:
         UsageError: other quantities, or another number of units.
     """
-    quantities = list(first)
-    units = [len(next(iter(totals.values()))[0]) for totals in (first, second)]
-    if quantities != list(second) or units[0] != units[1]:
-        raise UsageError(
-            f"paired differences need the same quantities of the same units, found {len(first)} quantities of"
-            f" {units[0]} units and {len(second)} of {units[1]}"
-        )
-    columns = [_columns(totals, quantities) for totals in (first, second)]
-    sums, counts = (torch.cat(pair, 1) for pair in zip(*columns, strict=True))
+    return mean_differences([(first, second)], **options)
+
+
+def mean_differences(pairs: Sequence[tuple[Totals, Totals]], **options: Any) -> list[Entry]:
+    """The mean over pairs of every value of the second less that of the first, all of the same units; as `summarise`.
+
+    A resample of units is the same for all pairs, so the interval is that of the mean.
+
+    Raises:
+        UsageError: other quantities, or another number of units.
+    """
+    first = pairs[0][0]
+    quantities, units = list(first), _units(first)
+    for totals in (totals for pair in pairs for totals in pair):
+        if list(totals) != quantities or _units(totals) != units:
+            raise UsageError(
+                f"paired differences need the same quantities of the same units, found {len(quantities)} quantities of"
+                f" {units} units and {len(totals)} of {_units(totals)}"
+            )
+    columns = [_columns(totals, quantities) for pair in pairs for totals in pair]
+    sums, counts = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
 
     def statistic(total: Tensor, count: Tensor) -> Tensor:
-        halves = zip(total.chunk(2, -1), count.chunk(2, -1), strict=True)
-        before, after = (torch.stack(list(_values(quantities, *half).values()), -1) for half in halves)
-        return after - before
+        parts = zip(total.chunk(len(columns), -1), count.chunk(len(columns), -1), strict=True)
+        values = [torch.stack(list(_values(quantities, *part).values()), -1) for part in parts]
+        return torch.stack([after - before for before, after in zip(values[::2], values[1::2], strict=True)]).mean(0)
 
     return _entries(bootstrap(sums, counts, statistic, **options), first, quantities)
 
@@ -105,6 +118,10 @@ def look_up(entries: list[Entry], metric: str, of: str = "", at: int | None = No
     return next((e for e in entries if (e["metric"], e["of"], e["at"]) == (metric, of, at)), None)
 
 
+def _units(totals: Totals) -> int:
+    return len(next(iter(totals.values()))[0])
+
+
 def _columns(totals: Totals, quantities: list[Quantity]) -> tuple[Tensor, Tensor]:
     """Sums and counts, [M,Q] each."""
     sums, counts = zip(*(totals[quantity] for quantity in quantities), strict=True)
@@ -118,7 +135,7 @@ def _values(quantities: list[Quantity], sums: Tensor, counts: Tensor) -> dict[Qu
 
 def _entries(estimate: Estimate, totals: Totals, quantities: list[Quantity]) -> list[Entry]:
     one = torch.ones(len(quantities), dtype=torch.float64)
-    everybody = len(next(iter(totals.values()))[0])
+    everybody = _units(totals)
     entries = []
     for i, quantity in enumerate(_values(quantities, one, one)):
         units = int((totals[quantity][1] > 0).sum()) if quantity in totals else everybody
