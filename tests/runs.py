@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import torch
 from rich.console import Console
@@ -61,6 +62,16 @@ def write_tiny_text(folder):
         ]
         (folder / f"module_{number}.py").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def write_problems(path, *, count=30):
+    """A file of functions to write, each with a test that its own answer passes."""
+    lines = [
+        {"prompt": f"def f{i}(x):\n", "answer": f"    return x + {i}\n", "tests": [f"assert f{i}(1) == {i + 1}"]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def tiny_options(folder, text):

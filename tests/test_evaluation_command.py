@@ -11,7 +11,7 @@ from ebft.assemble.rows import read_data
 from ebft.commands.derived import run_defaults
 from ebft.data.examples import Example
 from ebft.data.named import DATA_SETS, DataSet
-from tests.runs import go
+from tests.runs import go, write_problems
 
 
 @pytest.fixture
@@ -56,16 +56,6 @@ def values(folder, kind="sequences"):
     return {(e["metric"], e["of"], e["at"]): e for e in found}
 
 
-def problems(path, *, count=30):
-    """A file of functions to write; each answer passes its own test only."""
-    lines = [
-        {"prompt": f"def f{i}(x):\n", "answer": f"    return x + {i}\n", "tests": [f"assert f{i}(1) == {i + 1}"]}
-        for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 def test_evaluate_measures_and_writes_everything(call, tmp_path):
     code, out, err = call("evaluate")
     assert code == 0, err
@@ -105,7 +95,7 @@ def test_quick_gives_way_to_what_is_given(call, tmp_path):
 
 
 def test_answers_to_prompts(call, tmp_path):
-    data = problems(tmp_path / "problems.jsonl")
+    data = write_problems(tmp_path / "problems.jsonl")
     code, out, err = call(
         "evaluate", data=data, first=1, stride=3, horizons="1,2", answers=2, max_new_tokens=5, prompts=4, k="1,2",
         length=40,
@@ -223,7 +213,7 @@ def test_the_embedded_models(call, tmp_path):
 
 def test_plain_text_with_the_prompts_of_other_data_and_a_greedy_answer(call, tmp_path, monkeypatch):
     monkeypatch.setattr("ebft.sandbox.weaknesses", lambda isolation=None: ["other processes can be seen"])
-    data = problems(tmp_path / "problems.jsonl")
+    data = write_problems(tmp_path / "problems.jsonl")
     wanted = {"prompts_from": data, "greedy": True, "answers": 2, "k": "1,2", "max_new_tokens": 4, "prompts": 3}
     code, out, err = call("evaluate", horizons="1,2", prompt_length=60, **wanted)
     assert code == 0, err

@@ -35,7 +35,7 @@ from ebft.loops.study.choice import CRITERIA
 from ebft.loops.study.differences import Difference, all_differences
 from ebft.loops.study.measured import Found, columns_of
 from ebft.loops.study.plots import horizon_png, training_png
-from ebft.loops.study.tables import document, table_one
+from ebft.loops.study.tables import document, on_the_screen
 
 PICTURES = {
     "training.png": "Losses on the validation half over the examples seen",
@@ -131,7 +131,7 @@ def study_from_options(
         text = document(found, columns, of, title=title, about=about, level=level, pictures=pictures)
         write_atomically(out / "table.md", text.encode())
         if differences:
-            print_grids(console, [table_one(found, columns, level=level)])
+            print_grids(console, on_the_screen(found, columns, level=level))
         return found, of
 
     def finished() -> None:

@@ -194,12 +194,9 @@ def tidy(plan: Plan, *, drop_policies: bool) -> None:
         if run.arm in plan.grids and run.arm not in plan.choices:
             continue
         rejected = run.lr is not None and run.folder != plan.final(run.arm, run.seed)
-        starts = [a for a in plan.arms if ARMS[a].after == run.arm]
-        measured = (plan.out / "test" / run.arm / f"seed-{run.seed}" / "evaluation.json").is_file()
-        needed = any(
-            (plan.out / "test" / a / f"seed-{run.seed}" / "evaluation.json").is_file() is False for a in starts
-        )
-        if rejected or (drop_policies and measured and not needed):
+        users = [run.arm, *(arm for arm in plan.arms if ARMS[arm].after == run.arm)]
+        measured = [(plan.out / "test" / arm / f"seed-{run.seed}" / "evaluation.json").is_file() for arm in users]
+        if rejected or (drop_policies and all(measured)):
             shutil.rmtree(run.folder / "policy", ignore_errors=True)
 
 

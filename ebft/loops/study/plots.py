@@ -81,14 +81,8 @@ def _png(
             intervals = [t_interval(values, confidence=level) for values in points.values()]
             reach = [one.half_width if math.isfinite(one.half_width) else 0.0 for one in intervals]
             means = [one.mean for one in intervals]
-            style: dict[str, Any] = {
-                "marker": "o",
-                "markersize": 3,
-                "linewidth": 1.3,
-                "capsize": 2,
-                "color": shades[arm],
-            }
-            axes.errorbar(list(points), means, yerr=reach, label=ARMS[arm].title, **style)
+            style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.3, "capsize": 2}
+            axes.errorbar(list(points), means, yerr=reach, label=ARMS[arm].title, color=shades[arm], **style)
         prepare(axes, sorted({x for points in lines.values() for x in points}))
         axes.set_title(heading, fontsize=9, loc="left", parse_math=False)
         axes.set_xlabel(what, fontsize=8)

@@ -15,6 +15,7 @@ from ebft.loops.study.differences import Difference
 from ebft.loops.study.measured import Column, Found
 
 NONE = "–"
+WIDEST = 4  # columns side by side in a terminal
 
 
 def over_seeds(found: Found, arm: str, column: Column, *, level: float) -> Interval | None:
@@ -37,6 +38,12 @@ def table_one(found: Found, columns: Sequence[Column], *, level: float) -> Grid:
             cells = [NONE if one is None else with_error(one.mean, one.half_width) for one in intervals]
             rows.append([ARMS[arm].title, _rate(found, arm), str(1 if arm == BASE else len(tested)), *cells])
     return Grid("", ["method", "lr", "seeds", *(column.title for column in columns)], rows)
+
+
+def on_the_screen(found: Found, columns: Sequence[Column], *, level: float) -> list[Grid]:
+    """Table 1 in parts that fit a terminal."""
+    parts = [columns[start : start + WIDEST] for start in range(0, len(columns), WIDEST)]
+    return [table_one(found, part, level=level) for part in parts]
 
 
 def difference_grids(differences: Sequence[Difference]) -> list[Grid]:

@@ -1,0 +1,399 @@
+"""The comparison of methods: what it runs, what it chooses by, its arithmetic, and how it goes on."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ebft import cli
+from ebft.assemble.ablate import check_cell
+from ebft.assemble.rows import read_data
+from ebft.assemble.study_arms import TASKS, arm_options
+from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
+from ebft.commands.derived import run_defaults
+from ebft.data.split import unit_hash
+from ebft.errors import UsageError
+from ebft.loops.ablation.intervals import p_value
+from ebft.loops.ablation.study import time_left
+from ebft.loops.ablation.tables import with_error
+from ebft.loops.evaluation.quantities import Quantity
+from ebft.loops.evaluation.result import mean_differences, paired_differences
+from ebft.loops.interrupt import stop_after
+from ebft.loops.study.arms import ARMS
+from ebft.loops.study.choice import choose
+from tests.runs import write_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_evaluation_picture():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ebft.assemble.evaluate.evaluation_png", lambda *args, **kwargs: b"no picture")
+        yield
+
+
+def command(data, model, out, **changes):
+    """Arguments of a tiny study."""
+    options = {
+        "policy": model, "device": "cpu", "dtype": "float32", "lora": 0, "length": 32, "stride": 9, "first": 5,
+        "horizon": 4, "rollouts": 3, "steps": 2, "batch": 2, "held_out": 4, "eval_every": 1, "bootstrap": 50,
+        "eval_rows": 5, "eval_features": "hidden,ngram", "eval_horizons": "1,2,4", "out": out, **changes,
+    }  # fmt: skip
+    flags = [str(x) for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+    return ["study", str(data), *flags]
+
+
+def invoke(argv):
+    return CliRunner().invoke(cli.app, argv, env={"COLUMNS": "160", "TERM": "dumb"})
+
+
+def rows(out, name="results.csv"):
+    with open(out / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def value(out, arm, seed, metric, of="", at=""):
+    (found,) = [
+        float(row["value"])
+        for row in rows(out)
+        if (row["arm"], row["seed"], row["metric"], row["of"], row["at"]) == (arm, seed, metric, of, at)
+    ]
+    return found
+
+
+# One whole study of the user's own file
+
+
+@pytest.fixture(scope="module")
+def study(tiny_folder, tmp_path_factory):
+    """All arms on a file of problems with tests, two seeds; its arguments, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("study")
+    small = {"prompts": 2, "answers": 2, "answer_tokens": 4, "prompt_length": 40, "length": 64, "first": 1, "stride": 3}
+    argv = command(
+        write_problems(folder / "mine.jsonl", count=160), tiny_folder, folder / "out", seeds="0,1",
+        lr_grid="sft=0.001,0.02", **small,
+    )  # fmt: skip
+    argv += ["--lr-grid", "ebft=0.01", "--lr-grid", "ebft-ws=0.01"]
+    result = invoke(argv)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return argv, folder / "out", result.output
+
+
+def test_every_arm_is_measured_alike(study):
+    _, out, shown = study
+    found = rows(out)
+    assert {row["arm"] for row in found} == set(ARMS)
+    for arm in ARMS:
+        kinds = {(row["metric"], row["of"], row["at"]) for row in found if row["arm"] == arm}
+        for quantity in (
+            ("cross_entropy", "all", ""),
+            ("cross_entropy", "answers", ""),
+            ("feature_matching_loss", "hidden", "4"),
+            ("feature_matching_loss", "ngram", "1"),
+            ("pass_at_k", "greedy", "1"),
+            ("pass_at_k", "", "1"),
+            ("compiles", "", ""),
+        ):
+            assert quantity in kinds, (arm, quantity)
+    text = (out / "table.md").read_text()
+    for title in ("| Base |", "| SFT |", "| Warm start |", "| EBFT |", "| EBFT (ws) |", "pass greedy", "compiles"):
+        assert title in text
+    for name in ("training.png", "horizon.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    assert "about" in shown
+    assert "left" in shown
+
+
+def test_every_arm_sees_as_many_examples_and_warm_starts_are_of_sft(study):
+    _, out, _ = study
+    examples = {row["arm"]: float(row["value"]) for row in rows(out) if row["metric"] == "examples"}
+    assert examples == {"sft": 4, "warm": 2, "ebft": 4, "ebft-ws": 4}
+    stored = json.loads((out / "study.json").read_text())
+    rate = stored["choices"]["sft"]["lr"]
+    for seed in ("0", "1"):
+        warm = json.loads((out / "runs/warm" / f"seed-{seed}/config.json").read_text())
+        assert (warm["options"]["method"], warm["options"]["lr"], warm["steps"]) == ("sft", rate, 1)
+        (path,) = (out / "runs/ebft-ws").rglob(f"seed-{seed}/config.json")
+        after = json.loads(path.read_text())
+        assert after["options"]["policy"] == str(out / "runs/warm" / f"seed-{seed}")
+        assert after["options"]["backbone"] == stored["policy"]
+        # its start is measured as the end of the warm start was
+        begun = json.loads((path.parent / "evaluation.json").read_text())["metrics"]["cross_entropy"]["before"]
+        end = json.loads((out / "runs/warm" / f"seed-{seed}/evaluation.json").read_text())["metrics"]["cross_entropy"]
+        assert begun == pytest.approx(end["after"], abs=1e-5)
+    assert stored["versions"]["torch"]
+    assert stored["machine"]["device"] == "cpu"
+    assert stored["seeds"] == [0, 1]
+
+
+def test_the_table_against_a_hand_computation(study):
+    """t with 1 degree of freedom is Cauchy's: its 97.5 % quantile is tan(0.475 π), its tails are arctangents."""
+    _, out, _ = study
+    ce = {arm: [value(out, arm, seed, "cross_entropy", "all") for seed in "01"] for arm in ("sft", "ebft")}
+    base = value(out, "base", "", "cross_entropy", "all")
+
+    def interval(values):
+        spread = abs(values[0] - values[1]) / 2  # s / √2 of two values
+        return sum(values) / 2, math.tan(0.475 * math.pi) * spread, spread
+
+    text = (out / "table.md").read_text()
+    mean, half, _ = interval(ce["sft"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| SFT | ") and " | 2 | " in line]
+    assert line.split("|")[4].strip() == with_error(mean, half)
+    for arm, other, values in (
+        ("ebft", "sft", [a - b for a, b in zip(ce["ebft"], ce["sft"], strict=True)]),
+        ("sft", "base", [a - base for a in ce["sft"]]),
+    ):
+        mean, half, error = interval(values)
+        (row,) = [r for r in rows(out, "differences.csv") if (r["arm"], r["other"], r["column"]) == (arm, other, "CE")]
+        assert float(row["difference"]) == pytest.approx(mean, rel=1e-9)
+        assert float(row["half_width"]) == pytest.approx(half, rel=1e-6)
+        assert float(row["p"]) == pytest.approx(1 - 2 / math.pi * math.atan(abs(mean) / error), rel=1e-6)
+        assert float(row["low"]) <= mean <= float(row["high"])
+        decided = abs(mean) > half and (float(row["low"]) > 0 or float(row["high"]) < 0)
+        assert row["decided"] == str(int(decided))
+        assert row["better"] == str(int(mean < 0))
+
+
+def test_the_learning_rate_is_that_of_the_best_candidate(study):
+    _, out, _ = study
+    choice = json.loads((out / "study.json").read_text())["choices"]["sft"]
+    values = {
+        rate: json.loads((out / f"runs/sft/lr-{rate}/seed-0/evaluation.json").read_text())["metrics"]["cross_entropy"]
+        for rate in ("0.001", "0.02")
+    }
+    assert choice["values"] == {rate: metrics["after"] for rate, metrics in values.items()}
+    assert f"{choice['lr']:g}" == min(values, key=lambda rate: values[rate]["after"])
+    assert (choice["metric"], choice["split"]) == ("cross_entropy", "validation")
+    rejected = {"0.001", "0.02"} - {f"{choice['lr']:g}"}
+    assert not (out / f"runs/sft/lr-{rejected.pop()}/seed-0/policy").exists()
+    assert not list(out.rglob("checkpoints"))
+
+
+def test_again_nothing_runs_and_another_configuration_is_refused(study):
+    argv, out, _ = study
+    before = (out / "results.csv").read_bytes()
+    result = invoke(argv)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "18 of 18 runs are done already" in result.output
+    assert (out / "results.csv").read_bytes() == before
+    for change in (["--ce", "0.1"], ["--prompts", "3"], ["--lr-grid", "ebft=0.02"], ["--seeds", "1,0"]):
+        result = invoke([*argv, *change])
+        assert isinstance(result.exception, UsageError), result.output
+        assert "holds a study of another configuration" in str(result.exception)
+    assert (out / "results.csv").read_bytes() == before
+
+
+# What choices are made on
+
+
+def held_out_texts(half, start):
+    """Texts that land on one half of the held-out side."""
+    for number in range(start, start + 100_000):
+        text = f"def g{number}(x, y={number}):\n    return x * {number} + y\n\nfor index in range({number}):\n    g()\n"
+        side = "test" if unit_hash("halves: " + text) < 0.5 else "validation"
+        if unit_hash(text) < 0.1 and side == half:
+            yield text
+
+
+def test_choices_never_see_the_test_half(tiny_folder, tiny_text, tmp_path):
+    """With other texts on the test half everything up to the choice is the same, bit for bit, and its results are not.
+
+    Were candidates measured on the whole held-out side, or the table on the validation half, this would fail.
+    """
+    found = []
+    for name, start in (("one", 0), ("other", 500_000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        texts = {f"v{i}": text for i, text in zip(range(4), held_out_texts("validation", 0), strict=False)}
+        texts |= {f"z{i}": text for i, text in zip(range(4), held_out_texts("test", start), strict=False)}
+        texts |= {
+            f"t{path.name}": path.read_text() for path in tiny_text.iterdir() if unit_hash(path.read_text()) > 0.1
+        }
+        for file, text in texts.items():
+            (folder / f"{file}.py").write_text(text)
+        out = tmp_path / f"out-{name}"
+        options = {"arms": "sft", "seeds": "0", "lr_grid": "0.001,0.02", "eval_every": 0}
+        # the same data by name, so that paths do not differ
+        result = invoke(command(folder, tiny_folder, out, **options))
+        assert result.exit_code == 0, (result.output, result.exception)
+        kept = {"choices": json.loads((out / "study.json").read_text())["choices"]}
+        for path in sorted((out / "runs").rglob("*.json")):
+            if path.name == "evaluation.json":
+                kept[str(path.relative_to(out))] = json.loads(path.read_text())["metrics"]
+            elif path.name in ("before.json", "samples.json"):
+                kept[str(path.relative_to(out))] = path.read_text()
+        found.append((kept, value(out, "sft", "0", "cross_entropy", "all")))
+    (one, ce), (other, other_ce) = found
+    assert len(one) == 7
+    assert one == other
+    assert ce != other_ce
+
+
+def test_the_best_candidate(tmp_path):
+    for rate, after in {0.1: 3.0, 0.2: 2.0, 0.3: 4.0}.items():
+        folder = tmp_path / f"{rate}"
+        folder.mkdir()
+        (folder / "evaluation.json").write_text(json.dumps({"metrics": {"reward": {"after": after}}}))
+    folders = {rate: tmp_path / f"{rate}" for rate in (0.1, 0.2, 0.3, 0.4)}  # one did not finish
+    low, high = (choose(folders, metric="reward", better=better) for better in ("lower", "higher"))
+    assert (low["lr"], low["edge"], high["lr"]) == (0.2, False, 0.3)
+    assert low["values"] == {"0.1": 3.0, "0.2": 2.0, "0.3": 4.0}
+    (tmp_path / "0.2" / "evaluation.json").write_text('{"metrics": {"reward": {"after": NaN}}}')
+    assert choose(folders, metric="reward", better="lower") == low | {
+        "lr": 0.1, "edge": True, "values": {"0.1": 3.0, "0.3": 4.0},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"none of the learning rates 0\.4"):
+        choose({0.4: tmp_path / "0.4"}, metric="reward", better="lower")
+
+
+# Going on
+
+
+def test_a_study_that_was_killed_ends_as_one_that_was_not(tiny_folder, tiny_text, tmp_path):
+    options = {
+        "arms": "ebft", "seeds": "0", "lr_grid": "0.01,0.02", "steps": 8, "eval_rows": 3, "save_every": 1,
+        "eval_every": 4,
+    }  # fmt: skip
+    whole = invoke(command(tiny_text, tiny_folder, tmp_path / "whole", **options))
+    assert whole.exit_code == 0, (whole.output, whole.exception)
+    argv = command(tiny_text, tiny_folder, tmp_path / "killed", **options)
+    process = subprocess.Popen([sys.executable, "cli.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    cell = tmp_path / "killed/runs/ebft/lr-0.02/seed-0"
+    deadline = time.monotonic() + 120
+    while not (cell / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (cell / "evaluation.json").exists()
+    result = invoke(argv)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "runs are done already" in result.output
+    ends = [[row for row in rows(tmp_path / name) if row["metric"] != "seconds"] for name in ("whole", "killed")]
+    assert ends[0] == ends[1]
+    for name in ("differences.csv", "training.png", "horizon.png"):
+        assert (tmp_path / "whole" / name).stat().st_size > 0
+
+
+def test_a_timer_stops_as_ctrl_c_does():
+    with pytest.raises(KeyboardInterrupt), stop_after(0.001):
+        time.sleep(20)
+    with stop_after(0.001 / 60 * 1e6):
+        pass  # over before it is due
+
+
+def test_the_time_left_knows_what_takes_long():
+    taken = {"fast": [1.0, 3.0], "slow": [10.0]}
+    assert time_left(taken, ["fast", "slow", "slow", "new"]) == 2 + 10 + 10 + 6
+    assert time_left(taken, []) == 0
+
+
+# Arithmetic
+
+
+def test_the_mean_of_paired_differences():
+    random = torch.Generator().manual_seed(0)
+    q = Quantity("cross_entropy", "all")
+    count = torch.randint(1, 9, (6,), generator=random).double()
+    totals = [{q: (torch.rand(6, generator=random, dtype=torch.float64), count)} for _ in range(4)]
+    (one, _), (other, _) = (paired_differences(totals[i], totals[i + 1], replicates=200) for i in (0, 2))
+    both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200)
+    assert both["value"] == pytest.approx((one["value"] + other["value"]) / 2, rel=1e-12)
+    # with equal counts the mean of differences is the difference of means, resample for resample
+    halves = [{q: ((totals[i][q][0] + totals[i + 2][q][0]) / 2, count)} for i in (0, 1)]
+    same, _ = paired_differences(*halves, replicates=200, method="percentile")
+    both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200, method="percentile")
+    for end in ("value", "low", "high", "standard_error"):
+        assert both[end] == pytest.approx(same[end], rel=1e-9)
+
+
+def test_p_values_in_closed_form():
+    """With 2 degrees of freedom P(|t| > x) = 1 - x / √(2 + x²)."""
+    values = [1.0, 2.0, 6.0]
+    x = 3.0 / (math.sqrt(7) / math.sqrt(3))
+    assert p_value(values) == pytest.approx(1 - x / math.sqrt(2 + x * x), rel=1e-9)
+    assert math.isnan(p_value([1.0]))
+    assert (p_value([2.0, 2.0]), p_value([0.0, 0.0])) == (0.0, 1.0)
+
+
+# Budgets and mistakes
+
+
+@pytest.mark.parametrize("name", budget_names())
+@pytest.mark.parametrize("task", [*TASKS, "mine.jsonl"])
+def test_every_budget_serves_every_task(name, task):
+    budget = read_budget(name, task)
+    settings = settle_settings(budget, {}, where=name)
+    options = arm_options(budget, settings, task=TASKS.get(task, TASKS["code"]), flags={}, defaults=run_defaults())
+    amounts = set()
+    for arm, own in options.items():
+        check_cell({"policy": "any", **own, "lr": settings.lr_grid.get(arm, (1.0,))[0], "seed": 0})
+        share = ARMS[arm].share
+        amounts.add(own["epochs"] / share if own["steps"] is None else own["steps"] * own["batch"] / share)
+        assert own["split"] == "validation"
+        assert ARMS[arm].after is None or own["backbone"] == budget.run["policy"]
+    assert len(amounts) == 1
+    assert set(settings.lr_grid) == {arm for arm in settings.arms if ARMS[arm].method and not ARMS[arm].rate_of}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": "sft,ebtf"}, "did you mean 'ebft'"),
+        ({"arms": "base"}, "applies to no arm"),
+        ({"lr_grid": "sft=0.1,0.1"}, "--lr-grid sft=0.1,0.1: expected different numbers"),
+        ({"lr_grid": "sft=fast"}, "--lr-grid sft=fast"),
+        ({"lr_grid": "stf=0.1"}, "--lr-grid stf: there is no such arm"),
+        ({"budget": "tiny"}, "--budget tiny: unknown budget"),
+        ({"seeds": "0,0"}, "--seeds '0,0'"),
+        ({"criterion": "luck"}, "--criterion 'luck'"),
+        ({"steps": "3", "batch": "1"}, "the arm warm is to see 1.5 examples"),
+        ({"ngram": "2"}, "--ngram 2 applies to no arm"),
+        ({"horizon": "40"}, "arm sft: --horizon 40"),
+        ({"eval_horizons": "64"}, "--horizons 64 does not fit"),
+    ],
+)
+def test_mistakes_leave_nothing(tiny_folder, tiny_text, tmp_path, changes, message):
+    result = invoke(command(tiny_text, tiny_folder, tmp_path / "out", **changes))
+    assert isinstance(result.exception, UsageError), result.output
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_not_there(tiny_folder, tmp_path):
+    result = invoke(command("no/where.jsonl", tiny_folder, tmp_path / "out"))
+    assert isinstance(result.exception, UsageError)
+    assert "no/where.jsonl" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_of_the_users_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("eval_rows: 3\nrun: {steps: 2, lr: 1e-3}\ntasks: {code: {eval_rows: 4}}\n")
+    path = str(tmp_path / "mine.yaml")
+    assert [read_budget(path, task).settings["eval_rows"] for task in ("code", "translation")] == [4, 3]
+    with pytest.raises(UsageError, match="says nothing of arms: give --arms"):
+        settle_settings(read_budget(path, "code"), {}, where="mine")
+    (tmp_path / "mine.yaml").write_text("evalrows: 3\n")
+    with pytest.raises(UsageError, match="did you mean 'eval_rows'"):
+        read_budget(path, "code")
+    (tmp_path / "mine.yaml").write_text("run: {stepps: 3}\n")
+    with pytest.raises(UsageError, match="did you mean 'steps'"):
+        read_budget(path, "code")
+
+
+def test_parts_of_the_data_do_not_overlap(tiny_text):
+    options = run_defaults() | {"data": str(tiny_text)}
+    validation, test = (read_data({**options, "split": name}) for name in ("validation", "test"))
+    names = [{d.name for d in side} for side in (validation.train, validation.held_out, test.held_out)]
+    assert all(names)
+    assert sum(map(len, names)) == len(set.union(*names))
