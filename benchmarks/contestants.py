@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import matrix_products, reference_algorithm
+from benchmarks import reference_algorithm
 from ebft.errors import UsageError
 from ebft.head import chosen_log_probs
 from ebft.loading import add_adapters, choose_device, choose_precision
 from ebft.memory import keep_freed_memory
+from ebft.planning import products
 from ebft.policy import CausalPolicy
 from ebft.samplers.anchors import strided
 
@@ -173,23 +174,23 @@ CONTESTANTS = {"reference": reference, "ours": ours}
 def floor(policy: CausalPolicy, setting: Setting) -> Contestant:
     """The matrix products of `ours` alone: it draws nothing and returns what it is given, or no token."""
     anchors = setting.inputs(policy).anchors
-    layers, head = matrix_products.weights(policy)
-    operands = matrix_products.Operands()
+    layers, head = products.weights(policy)
+    operands = products.Operands()
     shape: dict[str, int] = {
         "count": anchors.shape[1],
         "rollouts": setting.rollouts,
         "horizon": setting.horizon,
         "head_rows": policy.head_rows,
     }
-    sampling = matrix_products.sampling_products(layers, head, length=int(anchors.max()), **shape)
-    scoring = matrix_products.scoring_products(layers, head, length=setting.length, **shape)
+    sampling = products.sampling_products(layers, head, length=int(anchors.max()), **shape)
+    scoring = products.scoring_products(layers, head, length=setting.length, **shape)
 
     def sample() -> torch.Tensor:
-        matrix_products.multiply(sampling, operands, backward=False)
+        products.multiply(sampling, operands, backward=False)
         return anchors.new_zeros(0)
 
     def score(rollouts: torch.Tensor) -> torch.Tensor:
-        matrix_products.multiply(scoring, operands, backward=True)
+        products.multiply(scoring, operands, backward=True)
         return rollouts
 
     return Contestant(sample, score)

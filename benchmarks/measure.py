@@ -61,9 +61,9 @@ def peak_increase(run: Callable[[], Any], device: torch.device) -> int:
     _give_back_freed_memory()
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-    before = _high_water_mark()
+    before = peak_of_process()
     run()
-    return _high_water_mark() - before
+    return peak_of_process() - before
 
 
 def _give_back_freed_memory() -> None:
@@ -72,7 +72,8 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _high_water_mark() -> int:
+def peak_of_process() -> int:
+    """The most bytes that this process has held since its mark was last set back."""
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

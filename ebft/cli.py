@@ -13,6 +13,7 @@ from ebft.commands.compare import compare
 from ebft.commands.components import components
 from ebft.commands.data import data
 from ebft.commands.evaluate import evaluate
+from ebft.commands.plan import plan
 from ebft.commands.rollouts import rollouts
 from ebft.commands.run import run
 from ebft.commands.sample import sample
@@ -40,7 +41,7 @@ def _app(context: typer.Context) -> None:
         )
 
 
-for command in (run, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
+for command in (run, plan, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ from ebft.assemble.evaluate import evaluate_from_options
 from ebft.assemble.loss import build_controller, build_loss, build_schedules
 from ebft.assemble.optimizer import build_average, build_optimizer
 from ebft.assemble.pipeline import build_features, build_pipeline, training_stages
+from ebft.assemble.plan import plan_from_options
 from ebft.assemble.policy import load_policy
 from ebft.assemble.replay import replay, replay_from_options
 from ebft.assemble.reward import build_reward, build_values
@@ -37,6 +38,7 @@ __all__ = [
     "list_data_sets",
     "load_policy",
     "pack_data",
+    "plan_from_options",
     "print_card",
     "read_data",
     "replay",

@@ -1,0 +1,159 @@
+"""A whole plan: memory by parts and stages, and time by stage, of each process of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ebft.planning.memory import Kind, Work, measure_rates, probe_policy, sampling_bytes, scoring_bytes
+from ebft.planning.products import weights
+from ebft.planning.speed import OVER_PRODUCTS, Device, stage_seconds, update_seconds
+
+HEAD_ROWS = 128  # of `CausalPolicy`
+_PROBED = 64  # weights on a side of the matrix whose optimizer state is measured
+
+MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on each device.
+
+    Attributes:
+        parts: bytes that are there all the time, by what they hold.
+        stages: bytes that each stage adds at its worst.
+        floor: seconds in a step of the matrix products of each stage, on this device.
+        seconds: seconds of each stage, with what comes on top.
+        tokens: of sequences and rollouts in a step, of this process.
+        trained: how many weights are trained.
+    """
+
+    parts: dict[str, float]
+    stages: dict[str, float]
+    floor: dict[str, float]
+    seconds: dict[str, float]
+    tokens: int
+    trained: int
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment."""
+        return sum(self.parts.values()) + max(self.stages.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a process does in a step.
+
+    Args:
+        sampled: what it samples and embeds at once, and `measured`, what at once in a held-out measurement.
+        scored: what it scores at once, `parts` times in each of `updates` passes over the batch.
+        rollouts: whether it trains on rollouts at all.
+        depth: share of the layers that the feature map runs; 0 if it runs none.
+        taps: bytes of features and of the states that they are made of, of a token of a rollout.
+        reference: whether the frozen start scores too.
+        average: whether a running average of the weights is kept.
+    """
+
+    sampled: Work
+    measured: Work
+    scored: Work
+    parts: int
+    updates: int = 1
+    rollouts: bool = True
+    depth: float = 0.0
+    taps: int = 0
+    reference: bool = False
+    average: bool = False
+
+
+def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimizer, device: torch.device) -> Plan:
+    """The plan of a policy of architecture `config`.
+
+    Raises:
+        UsageError: layers whose products are not known (GPT-2).
+    """
+    text = config.get_text_config()
+    whole, trained = count_weights(config, kind)
+    frozen_bytes = kind.weights.itemsize
+    trained_bytes = 4 if kind.lora else kind.weights.itemsize
+    per_weight = state_bytes(make_optimizer)
+    parts = {
+        "weights": whole * frozen_bytes + (trained * trained_bytes if kind.lora else 0),
+        "frozen copy": 0 if kind.lora else whole * frozen_bytes,
+        "gradients": trained * trained_bytes,
+        "optimizer": trained * per_weight * trained_bytes / 4,
+        "average": 4 * trained * step.average,
+    }
+    rates = measure_rates(config, kind)
+    wide = max(step.sampled, step.measured, key=lambda work: work.rows)
+    embed = rates["embed"].at(text.num_hidden_layers, wide.trunk, wide.teeth("embed")) if step.depth else 0.0
+    scored = step.scored if step.rollouts else Work(step.scored.rows, step.scored.length, 0, 0, 1)
+    stages = {
+        "sample": sampling_bytes(config, kind, rates["embed"], wide, head_rows=HEAD_ROWS),
+        "embed": embed + step.taps * wide.teeth("embed"),
+        "score": scoring_bytes(config, kind, rates["score"], scored, head_rows=HEAD_ROWS),
+        # torch's optimizers make one more tensor of each weight, on a GPU of all weights at once
+        "update": 4 * trained if device.type == "cuda" else 4 * text.vocab_size * text.hidden_size * (not kind.lora),
+    }
+    timed = Device(device)
+    layer, head = linear_weights(config, kind, device)
+    floor = stage_seconds(
+        layer,
+        head,
+        layers=text.num_hidden_layers,
+        depth=step.depth,
+        kind=kind,
+        sampled=step.sampled if step.rollouts else None,
+        scored=step.scored,
+        parts=step.parts,
+        reference=step.reference,
+        device=timed,
+    )
+    floor["score"] *= step.updates
+    seconds = {stage: value * OVER_PRODUCTS[stage] for stage, value in floor.items()}
+    seconds["update"] = update_seconds(make_optimizer, trained, timed) * step.updates
+    tokens = step.sampled.trunk + step.sampled.columns * step.sampled.horizon * step.rollouts
+    return Plan(parts, stages, floor, seconds, tokens, trained)
+
+
+def count_weights(config: Any, kind: Kind) -> tuple[int, int]:
+    """How many weights the model has, adapters aside, and how many are trained."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa")
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    if not kind.lora:
+        return whole, whole
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return whole, sum(kind.lora * (m.in_features + m.out_features) for m in linear)
+
+
+def state_bytes(make_optimizer: MakeOptimizer) -> float:
+    """Bytes that an optimizer keeps for each float32 weight, from one step of it over a small matrix."""
+    weight = torch.nn.Parameter(torch.zeros(_PROBED, _PROBED))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make_optimizer([weight])
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept) // weight.numel()
+
+
+def linear_weights(config: Any, kind: Kind, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Random weights like those of one decoder layer's linear layers, adapters included, and of the head."""
+    text = config.get_text_config()
+    policy = probe_policy(config, kind, 1)
+    policy.model.to(device)
+    layer, small = weights(policy)
+    head = torch.randn(text.vocab_size, small.shape[1], device=device).to(small.dtype)
+    return layer, head.requires_grad_(small.requires_grad)

@@ -1,0 +1,115 @@
+"""Time of a step before the run: the matrix products that each stage cannot do without, timed on this device.
+
+What a stage needs besides (attention, norms, drawing, the optimizer's Python) is a factor on top. On other devices and
+for small models, where Python takes more time than the products, that factor is another: the products alone, the floor,
+are given as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ebft.planning.memory import Kind, Work
+from ebft.planning.products import Operands, Product, multiply, operations
+
+# Time of a stage over that of its products: SmolLM2-135M in float32, 1024 tokens, two cores of a CPU
+# (benchmarks/results/sampling.md).
+OVER_PRODUCTS = {"sample": 1.35, "embed": 1.35, "score": 1.41}
+
+_OPERATIONS = {"cpu": 6e10, "cuda": 2e13}  # that one measurement does at most; it is scaled up to what a stage needs
+_WEIGHTS = 2**22  # of the optimizer's probe
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where products are timed."""
+
+    device: torch.device
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The shortest of three calls, after one that does not count."""
+        times = []
+        for _ in range(4):
+            self._wait()
+            start = time.perf_counter()
+            run()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def products(self, weights: Sequence[torch.Tensor], rows: int, *, backward: bool = False) -> float:
+        """Seconds of `rows` rows through all `weights`; more rows than are measured are taken to cost in proportion."""
+        if not rows:
+            return 0.0
+        each = operations([(weight, 1) for weight in weights]) * (3 if backward else 1)
+        taken = max(1, min(rows, int(_OPERATIONS[self.device.type] / each)))
+        work: list[Product] = [(weight, taken) for weight in weights]
+        operands = Operands()
+        return self.seconds(lambda: multiply(work, operands, backward=backward)) * rows / taken
+
+    def throughput(self, dtype: torch.dtype) -> float:
+        """Operations per second of one large product: the ceiling of this device."""
+        size = 4096 if self.device.type == "cuda" else 1024
+        weight = torch.randn(size, size, device=self.device).to(dtype)
+        return 2 * size**3 / self.products([weight], size)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def update_seconds(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], trained: int, device: Device) -> float:
+    """Seconds of an optimizer's step over `trained` weights, in proportion to one over fewer."""
+    count = min(trained, _WEIGHTS)
+    weight = torch.nn.Parameter(torch.zeros(count // 64 or 1, 64, device=device.device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make([weight])
+    return device.seconds(optimizer.step) * trained / weight.numel()
+
+
+def stage_seconds(
+    layer: Sequence[torch.Tensor],
+    head: torch.Tensor,
+    *,
+    layers: int,
+    depth: float,
+    kind: Kind,
+    sampled: Work | None,
+    scored: Work,
+    parts: int,
+    reference: bool,
+    device: Device,
+) -> dict[str, float]:
+    """Floor of the stages, in seconds, of one process.
+
+    Args:
+        layer: weights of the linear layers of one decoder layer, in the compute dtype, `requires_grad` as trained.
+        head: [V,H], likewise.
+        layers: how many such layers.
+        depth: share of the layers that the feature map runs; 0 if it runs none.
+        sampled: what is sampled and embedded at once; None without rollouts.
+        scored: what is scored at once, `parts` times.
+        reference: whether the frozen start scores too.
+    """
+    backward = any(weight.requires_grad for weight in layer)
+    found: dict[str, float] = {}
+    if sampled is not None:
+        first = sampled.rows * sampled.count
+        found["sample"] = layers * device.products(layer, sampled.trunk) + device.products([head], first)
+        step = layers * device.products(layer, sampled.columns) + device.products([head], sampled.columns)
+        found["sample"] += (sampled.horizon - 1) * step
+        found["embed"] = depth * layers * device.products(layer, sampled.trunk + sampled.teeth("embed")) if depth else 0
+    teeth = 0 if sampled is None else scored.teeth("score")
+    tokens, read = scored.trunk + teeth, scored.trunk + teeth + (0 if sampled is None else scored.rows * scored.count)
+    # the head's logits are computed again in the backward pass, where its weight is trained
+    again = device.products([head], read) if head.requires_grad else 0.0
+    once = layers * device.products(layer, tokens, backward=backward) + device.products([head], read, backward=True)
+    forward = layers * device.products(layer, tokens)
+    found["score"] = parts * (once + again + (forward if kind.checkpointing else 0))
+    if reference:
+        found["score"] += parts * (forward + device.products([head], read))
+    return found
