@@ -52,7 +52,7 @@ def finished(options, tmp_path_factory):
 
 def test_the_run_folder_is_complete(finished, options):
     out, printed = finished
-    assert {path.name for path in out.iterdir()} == FILES | {"policy", "checkpoints", "before.json"}
+    assert {path.name for path in out.iterdir()} == FILES | {"policy", "checkpoints", "before.json", "profile.json"}
     assert all((out / name).stat().st_size > 0 for name in FILES)
     config = json.loads((out / "config.json").read_text())
     assert config["options"] == options

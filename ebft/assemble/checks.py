@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ebft.assemble.answers import ANSWERS, answer_options
 from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
+from ebft.components.objectives import OBJECTIVES, objective_parts
 from ebft.errors import UsageError
 
 GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg", "optimizer", "lr_schedule")
@@ -36,9 +38,22 @@ _AT_LEAST = {
         ("steps", "batch", "micro_batch", "rollouts", "horizon", "stride", "first", "ngram", "dimension"), 1
     ),
     **dict.fromkeys(
-        ("lora", "ce", "kl", "pg_weight", "entropy", "diversity", "seed", "context_tokens", "temperature", "lr"), 0
+        (
+            "lora",
+            "ce",
+            "kl",
+            "pg_weight",
+            "answer_weight",
+            "entropy",
+            "diversity",
+            "seed",
+            "context_tokens",
+            "temperature",
+            "lr",
+        ),
+        0,
     ),
-    "eval_every": 0,
+    **dict.fromkeys(("eval_every", "answer_weight"), 0),
     **dict.fromkeys(("length", "held_out"), 2),
     **dict.fromkeys(("save_every", "keep", "updates", "minibatches"), 1),
     **dict.fromkeys(("max_grad_norm", "momentum", "weight_decay", "eps", "ema"), 0),
@@ -75,11 +90,27 @@ def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     settled = settle(options)
     given = {name: options[name] for name in OPTION_NAMES if name not in METHOD_OPTIONS}
-    resolved = resolve_options({group: settled[group] for group in GROUPS if settled[group] is not None}, given)
+    chosen = {group: settled[group] for group in GROUPS if settled[group] is not None}
+    answers, of_answers = answer_options(settled), {}
+    if answers is not None:
+        of_answers = _given_of(answers["objective"], given)
+        if answers["objective"] not in objective_parts(settled["objective"]):
+            given = {name: value for name, value in given.items() if name not in of_answers}
+    resolved = resolve_options(chosen, given)
     check_options(settled)
+    if answers is not None:
+        resolved[ANSWERS] = resolve_options({"objective": answers["objective"]}, of_answers)["objective"]
+        if not answers["pg_weight"]:
+            raise UsageError("--answer-weight 0 leaves whole answers out: use --method ebft")
+        check_loss_options(answers)
     settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
     check_optimizer_options(settled, resolved)
     return resolved
+
+
+def _given_of(objective: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options that the user gave those of an objective."""
+    return {name: given[name] for name in OBJECTIVES[objective].options}
 
 
 def describe_components(options: Mapping[str, Any], resolved: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
@@ -88,7 +119,9 @@ def describe_components(options: Mapping[str, Any], resolved: Mapping[str, Mappi
     taken = {*METHODS[name].options, *GIVEN.get(name, ())}
     used = [group for group in GROUPS if group in taken or group not in METHOD_OPTIONS]
     method = {"name": name, **{option: settled[option] for option in METHODS[name].options}}
-    return {"method": method, **{group: {"name": settled[group], **resolved[group]} for group in used}}
+    found = {"method": method, **{group: {"name": settled[group], **resolved[group]} for group in used}}
+    answers = answer_options(settled)
+    return found if answers is None else {**found, ANSWERS: {"name": answers["objective"], **resolved[ANSWERS]}}
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ebft.components import GROUPS, OPTION_NAMES, choose
 from ebft.components.component import nearest
-from ebft.components.methods import with_defaults
+from ebft.components.methods import FURTHER, with_defaults
 from ebft.errors import UsageError
 from ebft.loops.ablation.results import Cell
 
@@ -155,6 +155,8 @@ def taken_options(options: Mapping[str, Any]) -> set[str]:
     """Options that the method and the chosen components take."""
     filled = with_defaults(options)
     chosen = [choose(group, filled[group]) for group in GROUPS if filled.get(group) is not None]
+    further = FURTHER.get(filled.get("method", ""), {})
+    chosen += [choose(group, name) for group, name in further.items()]
     return {option for component in chosen for option in component.options}
 
 

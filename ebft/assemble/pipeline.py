@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -28,9 +28,9 @@ def build_features(
 
 
 def training_stages(stages: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all `stages`, which the held-out measurement runs, those that the method trains with."""
-    wanted = {"sft": ()}.get(options["method"], tuple(stages))
-    return {name: stage for name, stage in stages.items() if name in wanted}
+    """Of all `stages`, which the held-out measurement runs, those to train with: none for cross-entropy alone."""
+    of_rollouts = options["pg_weight"] or options["kl"] or options["entropy"]
+    return dict(stages) if of_rollouts else {}
 
 
 def build_pipeline(
@@ -57,7 +57,7 @@ def build_pipeline(
     if options["features"] is not None:
         embed = feature_map or build_features(policy, reference, options, resolved).embed
         stages["embed"] = as_module(embed, documents=options["sampler"] != "full")
-    decode = decoder(policy.tokenizer, stop=options.get("stop") or ())
+    decode = decoder(policy.tokenizer, stop=_stop(options))
     by = schema.SEQUENCE_IDS if examples is None else schema.EXAMPLE
     stages["reward"] = build_reward(options, resolved, decode=decode, values=values, examples=examples, by=by)
     return stages
@@ -73,14 +73,14 @@ def build_sampler(
 ) -> TensorDictModule:
     """The stage that places anchors and draws rollouts; `drawing` is passed on to the engine.
 
-    Rollouts end at the sequences of --stop. Those of whole answers come with the metrics `answer_tokens` and
+    Whole answers end at the sequences of --stop, and come with the metrics `answer_tokens` and
     `answers_at_limit` (share of answers with as many tokens as are allowed).
     """
     build = choose("sampler", options["sampler"]).build
     place, engine = build(policy, horizon=options["horizon"], **resolved["sampler"])
     whole = options["sampler"] == "full"
-    if options.get("stop"):
-        engine = stopping(engine, read=reader(policy.tokenizer), stop=options["stop"])
+    if _stop(options):
+        engine = stopping(engine, read=reader(policy.tokenizer), stop=_stop(options))
     stage = sampler(
         place,
         engine,
@@ -94,6 +94,11 @@ def build_sampler(
         **drawing,
     )
     return TensorDictSequential(stage, _lengths()) if whole else stage
+
+
+def _stop(options: Mapping[str, Any]) -> Sequence[str]:
+    """What whole answers end at besides EOS; short rollouts end at nothing else."""
+    return (options["stop"] or ()) if options["sampler"] == "full" and "stop" in options else ()
 
 
 def _lengths() -> TensorDictModule:

@@ -107,12 +107,17 @@ def pack_data(
                 " their answers",
                 highlight=False,
             )
-    if options["batch"] > len(train_rows):
+    check_batch(train_rows, options)
+    return train_rows, spread_rows(held_rows, options["held_out"])
+
+
+def check_batch(rows: TensorDictBase, options: Mapping[str, Any]) -> None:
+    """Refuse fewer training rows than one batch."""
+    if options["batch"] > len(rows):
         raise UsageError(
-            f"--batch {options['batch']}: the training text gives only {len(train_rows)} sequences of"
+            f"--batch {options['batch']}: the training text gives only {len(rows)} sequences of"
             f" --length {options['length']}. Give more text, or a smaller batch or length"
         )
-    return train_rows, spread_rows(held_rows, options["held_out"])
 
 
 def pack_part(part, answers: bool, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> TensorDictBase:
@@ -130,15 +135,20 @@ def whole_rows(
     Raises:
         UsageError: the data has no prompts.
     """
+    check_prompts(data, options)
+    shape = {"length": options["length"], "chat": options["chat"]}
+    train, held_out = (prompt_rows(part, tokenizer, answers=True, **shape) for part in (data.train, data.held_out))  # type: ignore[arg-type]
+    held_out[schema.EXAMPLE] += len(data.train)
+    return train, held_out
+
+
+def check_prompts(data: Data, options: Mapping[str, Any]) -> None:
+    """Refuse plain text where whole answers are wanted."""
     if not data.answers:
         raise UsageError(
             f"--data {options['data']} is plain text, and whole answers want prompts: give qa-code, translation, or a"
             " .jsonl or .tsv file with the fields 'prompt' and 'answer'"
         )
-    shape = {"length": options["length"], "chat": options["chat"]}
-    train, held_out = (prompt_rows(part, tokenizer, answers=True, **shape) for part in (data.train, data.held_out))  # type: ignore[arg-type]
-    held_out[schema.EXAMPLE] += len(data.train)
-    return train, held_out
 
 
 def with_tests(data: Data, options: Mapping[str, Any], *, console: Console) -> Data:

@@ -14,6 +14,7 @@ from rich.console import Console
 from tensordict import TensorDictBase
 
 from ebft import schema
+from ebft.assemble.answers import ANSWERS, build_answers
 from ebft.assemble.checks import describe_components, resolve_run, settle
 from ebft.assemble.config import (
     check_same_text,
@@ -31,7 +32,7 @@ from ebft.assemble.pipeline import build_features, build_pipeline, training_stag
 from ebft.assemble.policy import load_policy
 from ebft.assemble.protections import say_protections
 from ebft.assemble.reward import build_values
-from ebft.assemble.rows import pack_data, read_data, with_tests
+from ebft.assemble.rows import check_prompts, pack_data, read_data, with_tests
 from ebft.distributed import from_first, is_first
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
@@ -83,6 +84,8 @@ def run_from_options(
 
     data = read_data(options)
     whole = options["sampler"] == "full"
+    if whole or ANSWERS in resolved:
+        check_prompts(data, options)
     if whole and resolved["objective"].get("verifier") == "unit_tests":
         data = with_tests(data, options, console=console)
     console.print(f"method {options['method']}, policy {options['policy']}", highlight=False)
@@ -94,7 +97,8 @@ def run_from_options(
         features = build_features(policy, reference, options, resolved)
         embed = features.embed
         console.print(f"features {options['features']}: {features.note}", highlight=False, soft_wrap=True)
-    if resolved["objective"].get("verifier") == "unit_tests":
+    verifiers = {resolved[group].get("verifier") for group in ("objective", ANSWERS) if group in resolved}
+    if "unit_tests" in verifiers:
         say_protections(console)
     measuring = build_pipeline(
         policy,
@@ -109,6 +113,7 @@ def run_from_options(
     pipeline = training_stages(measuring, options)
     train_rows, held_rows = pack_data(data, policy.tokenizer, options, resolved, console=console)
     options["steps"] = options["steps"] or steps_of(options["epochs"], len(train_rows), options["batch"])
+    further = build_answers(policy, reference, options, resolved, data, console=console)
     parameters = list(policy.trainable().values())
     optimizer, scheduler = build_optimizer(parameters, options, resolved)
     loss = build_loss(options, resolved["pg"])
@@ -118,6 +123,7 @@ def run_from_options(
         f" {sum(p.numel() for p in parameters):,} trained weights on {policy.device}",
         highlight=False,
     )
+    all_rows = [train_rows, held_rows, *(rows for each in further.values() for rows in (each.data, each.held_out))]
     config = {
         "options": given,
         "steps": options["steps"],
@@ -127,7 +133,7 @@ def run_from_options(
         "sequences": {
             "training": len(train_rows),
             "held_out": len(held_rows),
-            "fingerprint": fingerprint(torch.cat([rows[schema.SEQUENCE_IDS] for rows in (train_rows, held_rows)])),
+            "fingerprint": fingerprint(torch.cat([rows[schema.SEQUENCE_IDS] for rows in all_rows])),
         },
     }
     if not is_first():
@@ -144,15 +150,15 @@ def run_from_options(
     if other := version_changes(stored.get("versions", {})):
         console.print(f"other versions than at the start, so numbers may differ in their last digits: {other}")
     whitenings = {name: v for name, v in values.items() if isinstance(v, PopulationWhitening)}
-    observers = [partial(observe_moments, whitening) for whitening in whitenings.values()]
+    observers = [partial(observe_moments, whitening) for whitening in whitenings.values() if pipeline]
     if whitenings:
         count = next(iter(whitenings.values())).calibration
         console.print(f"calibrating the whitening on {count} batches", highlight=False)
         calibrate(
             policy,
-            pipeline,
+            measuring,
             train_rows,
-            _each(observers),
+            _each([partial(observe_moments, whitening) for whitening in whitenings.values()]),
             count=count,
             batch_size=options["batch"],
             seed=options["seed"],
@@ -189,6 +195,7 @@ def run_from_options(
             "observers": observers if any(whitening.running for whitening in whitenings.values()) else [],
         },
         measuring=measuring,
+        further=further,
         average=build_average(policy, options),
         console=console,
     )

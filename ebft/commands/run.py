@@ -49,7 +49,7 @@ def run(
     ] = None,
     method: Annotated[
         str,
-        option(METHOD, "What a run is made of: ebft, sft or rlvr; `components` lists the options that each takes."),
+        option(METHOD, "ebft, sft, rlvr or mixed; `components` says what each is and lists the options it takes."),
     ] = "ebft",
     policy: Annotated[
         str,
@@ -117,14 +117,14 @@ def run(
     first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
     horizon: Annotated[int | None, option(SAMPLING, "G, tokens of a rollout and of its target (default 8)")] = None,
     max_new_tokens: Annotated[
-        int | None, option(SAMPLING, "rlvr: tokens of an answer at most, in place of --horizon (default 128)")
+        int | None, option(SAMPLING, "rlvr, mixed: tokens of a whole answer at most (default 128)")
     ] = None,
     stop: Annotated[
         list[str] | None,
         option(
             SAMPLING,
-            "rlvr: an answer ends where it says this, besides at EOS; again for another one. What follows is neither"
-            " rewarded nor learnt (default: EOS alone)",
+            "rlvr, mixed: a whole answer ends where it says this, besides at EOS; again for another one. What follows"
+            " is neither rewarded nor learnt (default: EOS alone)",
         ),
     ] = None,
     rollouts: Annotated[
@@ -343,6 +343,10 @@ def run(
     pg_schedule: Annotated[
         str | None, option(LOSS, "Of that weight: constant, linear_decay[:END] or warm_up[:SHARE] (default constant)")
     ] = None,
+    answer_weight: Annotated[
+        float | None, option(LOSS, "mixed: weight of the policy gradient of whole answers (default 1)")
+    ] = None,
+    answer_schedule: Annotated[str | None, option(LOSS, "mixed: schedule of that weight (default constant)")] = None,
     ce: Annotated[
         float | None,
         option(

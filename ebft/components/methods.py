@@ -69,8 +69,17 @@ METHODS = {
         },
     ),
 }
+METHODS["mixed"] = Component(
+    "ebft, and whole answers to the prompts of the data with a verifiable reward: the sum of both objectives",
+    {
+        **METHODS["ebft"].options,
+        **{"max_new_tokens": 128, "stop": None, "answer_weight": 1.0, "answer_schedule": None},
+    },
+)
 # What a method is, so that nobody may choose it.
 GIVEN: dict[str, dict[str, Any]] = {"rlvr": {"sampler": "full", "objective": "verifier"}}
+# What the further objective of a method is.
+FURTHER: dict[str, dict[str, Any]] = {"mixed": {"sampler": "full", "objective": "verifier"}}
 METHOD_OPTIONS = tuple(dict.fromkeys(option for entry in METHODS.values() for option in entry.options))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -91,6 +91,12 @@ def result_table(metrics: Mapping[str, Mapping[str, float]], *, width: int = 100
         ]
         table.add_row(f"{label}\n  {words}", *cells) if narrow else table.add_row(label, *cells, words)
     return table
+
+
+def profile_line(profile: Mapping[str, Sequence[float]]) -> str:
+    """The feature-matching loss at every horizon, before and after."""
+    columns = zip(profile["horizons"], profile["before"], profile["after"], strict=True)
+    return "feature matching loss by tokens: " + ", ".join(f"{g}: {a:.4f} → {b:.4f}" for g, a, b in columns)
 
 
 def stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:

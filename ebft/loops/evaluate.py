@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from ebft import schema
 from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
+from ebft.loops.evaluation.rollouts import at_horizon
 from ebft.loops.scoring import score
 from ebft.loops.summary import whole_features
 from ebft.loops.train import Stage, at_step
@@ -22,6 +23,7 @@ from ebft.policy import CausalPolicy
 
 METRICS = ("feature_matching_loss", "cross_entropy", "kl", "distinct_rollouts", "reward")
 
+_NO_SUMS = ("tokens", "times", "profile")
 # Evaluation never draws the random numbers of a training step: those are steps 0, 1, 2, ...
 _EVALUATION_STEP = -1
 
@@ -36,6 +38,7 @@ def evaluate(
     seed: int,
     reference: CausalPolicy | None = None,
     scoring: Mapping[str, float] | None = None,
+    profile: bool = False,
 ):
     """Measure a policy, batch by batch.
 
@@ -43,13 +46,16 @@ def evaluate(
         policy, pipeline, scoring: as in `ebft.loops.train.train`.
         data: held-out rows, batch size [M].
         reference: the start, to measure the divergence from; None says that the policy is the start.
+        profile: also measure the feature-matching loss of the first 1, 2, 4, ... tokens of rollouts and targets, which
+            the stage "embed" of the pipeline, if it has one, embeds again for each.
 
     Yields:
         (sums, batch): `sums` maps each of `METRICS` (without features all but the first) to (sum [B], count [B]) over
         the anchors (tokens, for cross-entropy and divergence) of each sequence, and `tokens`, `times` for throughput;
         `batch` is the TensorDict with everything the pipeline wrote. The divergence is the k3 estimate, and it and the
         cross-entropy are computed on the first rollout of each anchor, which is all they need. Of several processes
-        each scores its own rows, and all yield the same.
+        each scores its own rows, and all yield the same. `sums` also maps `profile` to the sums and counts of the
+        feature-matching loss by the number of tokens, as text.
     """
     for td in data.split(batch_size):
         clock = Clock()
@@ -57,13 +63,14 @@ def evaluate(
         for name, stage in pipeline.items():
             with clock(name):
                 td = stage(td)
+        along = _profile(td, pipeline["embed"]) if profile and "embed" in pipeline else {}
         with clock("score"):
             first = td.clone(False)
             first[schema.ROLLOUT_TOKENS] = td[schema.ROLLOUT_TOKENS][:, :, :1]
             first[schema.ROLLOUT_MASK] = td[schema.ROLLOUT_MASK][:, :, :1]
             _score(policy, first, reference=reference, scoring=scoring)
         tokens = int(td[schema.MASK].sum() + td[schema.ROLLOUT_MASK].sum())
-        yield {**_sums(td, first), "tokens": tokens, "times": clock.times()}, td
+        yield {**_sums(td, first), "tokens": tokens, "times": clock.times(), "profile": along}, td
 
 
 def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
@@ -78,6 +85,17 @@ def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
 
     for key, value in zip(keys, by_rows(own, td[schema.TOKENS]), strict=True):
         td[key] = value
+
+
+def _profile(td: TensorDictBase, embed: Stage) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The feature-matching loss of the first g tokens by g as text: 1, 2, 4, ... and all of them."""
+    horizon = td[schema.ROLLOUT_TOKENS].shape[-1]
+    found = {}
+    for tokens in sorted({horizon, *(2**power for power in range(horizon.bit_length()))}):
+        cut = td if tokens == horizon else embed(at_horizon(td, tokens))
+        loss = conditional_feature_matching_loss(*whole_features(cut))
+        found[str(tokens)] = _per_sequence(loss, td[schema.ANCHOR_MASK])
+    return found
 
 
 def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -108,10 +126,10 @@ def _per_sequence(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
 
 def concatenate(parts: list[dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The per-sequence sums and counts of all batches, each [M]."""
+    names = [name for name in parts[0] if name not in _NO_SUMS]
     return {
         name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
-        for name in METRICS
-        if name in parts[0]
+        for name in names
     }
 
 

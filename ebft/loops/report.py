@@ -229,7 +229,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
 
 
 def _record(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    rest = {key: value for key, value in evaluation.items() if key not in ("metrics", "stages")}
+    rest = {key: value for key, value in evaluation.items() if key not in ("metrics", "profile", "stages")}
     parts = []
     for title, content in (("Configuration", config), ("Further values of the evaluation", rest)):
         rows = [[escape(key), escape(value)] for key, value in _flat(content)]

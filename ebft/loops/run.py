@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +16,19 @@ from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
 from ebft.loops.average import Average
-from ebft.loops.display import Display, result_table, stage_table, watch_line
-from ebft.loops.evaluate import concatenate, evaluate, mean, paired_difference
+from ebft.loops.display import Display, profile_line, result_table, stage_table, watch_line
+from ebft.loops.held_out import PROFILE, Held, before_and_after, load_before, measure, profile_of, row_at, save_before
 from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.loggers import close_logger, log_result, log_step
 from ebft.loops.report import write_report, write_samples
-from ebft.loops.samples import take_samples
-from ebft.loops.train import NonFiniteLoss, Stage, train
+from ebft.loops.train import NonFiniteLoss, Objective, Stage, train
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 
 if TYPE_CHECKING:
     from torchrl.record.loggers import Logger
-
-
-@dataclass(frozen=True)
-class Held:
-    """A held-out measurement: per-sequence sums and counts of each metric, and a few samples."""
-
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    samples: list[dict[str, Any]]
 
 
 def run(
@@ -67,6 +55,7 @@ def run(
     stateful: Mapping[str, checkpoint.Stateful] | None = None,
     training: Mapping[str, Any] | None = None,
     measuring: Mapping[str, Stage] | None = None,
+    further: Mapping[str, Objective] | None = None,
     average: Average | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -79,6 +68,7 @@ def run(
         policy, pipeline, loss, optimizer, scheduler, scoring, controller: as in `ebft.loops.train.train`.
         measuring: pipeline of the held-out measurement, whose stages write rollouts, features and reward; None: the
             one that is trained with.
+        further: of `ebft.loops.train.train`, with held-out rows, of which the reward is measured too.
         average: of the weights. The measurement after training and the saved policy are then of the average; the last
             weights themselves are in the last checkpoint.
         training: further arguments of `ebft.loops.train.train`, or other ones (scoring): micro_batch,
@@ -93,8 +83,8 @@ def run(
         logger: gets the metrics of every step too, see `ebft.loops.loggers.open_logger`; it is closed at the end.
 
     Returns:
-        What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, and
-        the time of each stage.
+        What `evaluation.json` holds: each metric before and after, the paired difference and its standard error, the
+        feature-matching loss over the horizon (also as `profile.json`), and the time of each stage.
 
     Raises:
         NonFiniteLoss: training stopped; the checkpoints are those of before.
@@ -112,16 +102,16 @@ def run(
     if average is not None:
         states["average"] = average
     saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "stateful": states}
-    measure = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
+    on = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
     with exclusive(out) if first else nullcontext(), stop_requests() as stop:
         if first:
             clean_up(out)
             clean_up(checkpoints)
-        before = from_first(_load_held(out) if first else None)
+        before = from_first(load_before(out) if first else None)
         if before is None:
-            before = _measure(policy, measuring, display, "held-out before", stop, **measure)
+            before = measure(policy, measuring, further or {}, display, "held-out before", stop, profile=True, **on)
             if first:
-                _save_held(out, before)
+                save_before(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
         check_same(policy.trainable().values(), start, what=f"the weights and the step of the checkpoint in {out}")
         if start and first:  # a kill may have come between a checkpoint and the removal of older ones
@@ -132,11 +122,11 @@ def run(
             if eval_every:
                 label = f"held-out at step {step}"
                 with final_weights():
-                    now = _measure(policy, measuring, display, label, stop, reference=reference, **measure)
-                history.append_held_out(_held_out_row(step, before, now))
+                    now = measure(policy, measuring, further or {}, display, label, stop, reference=reference, **on)
+                history.append_held_out(row_at(step, before, now))
 
         if eval_every and not history.held_out:
-            history.append_held_out(_held_out_row(0, before, before))
+            history.append_held_out(row_at(0, before, before))
         if start and start < steps and start % max(eval_every, 1) == 0:
             measure_held_out(start)  # stopped between the checkpoint and the measurement
         records = train(
@@ -153,6 +143,7 @@ def run(
             reference=reference,
             controller=controller,
             average=average,
+            further=further,
             **{"scoring": scoring, **training},
         )
         saved_step = start
@@ -183,14 +174,18 @@ def run(
             raise ProcessLost(f"{error}. `run --resume --out {out}` goes on from the last checkpoint") from error
         with final_weights():
             label = "held-out after" if average is None else "held-out after, averaged weights"
-            after = _measure(policy, measuring, display, label, stop, reference=reference, **measure)
+            after = measure(
+                policy, measuring, further or {}, display, label, stop, profile=True, reference=reference, **on
+            )
         if eval_every:
-            history.append_held_out(_held_out_row(len(history.rows), before, after))
+            history.append_held_out(row_at(len(history.rows), before, after))
 
         result = _result(before, after, history.rows, held_out)
         if not first:
             return result
         write_json(out / "evaluation.json", result)
+        if "profile" in result:
+            write_json(out / PROFILE, result["profile"])
         log_result(logger, result["metrics"], step=steps)
         close_logger(logger)
         samples = [
@@ -226,38 +221,7 @@ def open_folder(out: Path, *, resume: bool) -> None:
         make_folder(out)
 
 
-def _measure(policy, pipeline, display, label, stop, *, data, batch_size, seed, scoring, reference=None) -> Held:
-    parts: list[dict] = []
-    samples: list[dict[str, Any]] = []
-    batches = evaluate(policy, pipeline, data, batch_size=batch_size, seed=seed, reference=reference, scoring=scoring)
-    total = math.ceil(len(data) / batch_size)
-    for sums, td in display.track(batches, label=label, total=total):
-        parts.append(sums)
-        if not samples:
-            samples = take_samples(td, policy.tokenizer)
-        if stop():
-            raise Interrupted(f"stopped during the measurement {label!r}; --resume goes on")
-    return Held(concatenate(parts), samples)
-
-
-def _held_out_row(step: int, before: Held, now: Held) -> dict[str, float]:
-    """The metrics at a step, their paired changes from before and the standard errors of those."""
-    row: dict[str, float] = {"step": step, **{name: mean(sums) for name, sums in now.sums.items()}}
-    for name in now.sums:
-        row[f"{name}_change"], row[f"{name}_standard_error"] = paired_difference(before.sums[name], now.sums[name])
-    return row
-
-
 def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBase) -> dict[str, Any]:
-    metrics = {}
-    for name in after.sums:
-        difference, error = paired_difference(before.sums[name], after.sums[name])
-        metrics[name] = {
-            "before": mean(before.sums[name]),
-            "after": mean(after.sums[name]),
-            "difference": difference,
-            "standard_error": error,
-        }
     tokens = sum(float(row["tokens_per_second"]) * float(row["time_step"]) for row in rows)
     stages = {}
     for column in dict.fromkeys(name for row in rows for name in row if name.startswith("time_")):
@@ -267,8 +231,10 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
             "tokens": round(tokens),
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
+    profile = profile_of(before, after)
     return {
-        "metrics": metrics,
+        "metrics": before_and_after(before, after),
+        **({"profile": profile} if profile else {}),
         "stages": stages,
         "n_sequences": len(held_out),
         "n_anchors": int(before.sums["reward"][1].sum()),
@@ -278,6 +244,8 @@ def _result(before: Held, after: Held, rows: list[dict], held_out: TensorDictBas
 def _print_result(console: Console, result: Mapping[str, Any], out: Path, *, averaged: bool) -> None:
     console.print(result_table(result["metrics"], width=console.width))
     console.print(f"{result['n_sequences']} held-out sequences, {result['n_anchors']} anchors", highlight=False)
+    if "profile" in result:
+        console.print(profile_line(result["profile"]), highlight=False)
     console.print(stage_table(result["stages"]))
     what = {
         "report.html": "curves, samples, configuration (curves also in report.png)",
@@ -289,20 +257,3 @@ def _print_result(console: Console, result: Mapping[str, Any], out: Path, *, ave
     }
     for name, meaning in what.items():
         console.print(f"{out / name}{'/' if name.endswith('/') else ''}  {meaning}", soft_wrap=True, highlight=False)
-
-
-def _save_held(out: Path, held: Held) -> None:
-    sums = {name: [x.tolist() for x in pair] for name, pair in held.sums.items()}
-    write_json(out / "before.json", {"sums": sums, "samples": held.samples})
-
-
-def _load_held(out: Path) -> Held | None:
-    try:
-        stored = json.loads((out / "before.json").read_text())
-    except FileNotFoundError:
-        return None
-    sums = {
-        name: (torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
-        for name, (total, count) in stored["sums"].items()
-    }
-    return Held(sums, stored["samples"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDictBase
@@ -25,6 +26,18 @@ from ebft.objectives.schedules import Schedule
 from ebft.policy import CausalPolicy
 
 Stage = Callable[[TensorDictBase], TensorDictBase]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step descends besides: rows of its own, the stages they go through, and a loss with its schedules."""
+
+    pipeline: Mapping[str, Stage]
+    loss: EBFTLoss
+    data: TensorDictBase
+    batch_size: int
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    held_out: TensorDictBase | None = None
 
 
 class NonFiniteLoss(UsageError):
@@ -54,6 +67,7 @@ def train(
     schedules: Mapping[str, Schedule] | None = None,
     controller: KLController | None = None,
     observers: Sequence[Callable[[TensorDictBase], None]] = (),
+    further: Mapping[str, Objective] | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train for `steps` steps, yielding the metrics of each one after its last update.
 
@@ -83,6 +97,9 @@ def train(
         schedules: attribute of the loss (`cross_entropy_coefficient`, ...) -> its value as a function of the step.
         observers: are shown every batch after its rewards were given, as running moments want it.
         controller: sets the weight of the divergence from what was measured, and may end the training.
+        further: objectives by name whose losses are added: the update is one of the sum. Each draws batches of its own
+            rows, with random numbers of its own; scoring, reference, micro_batch, updates, minibatches and controller
+            are shared. Its metrics are `<name>_...` and `loss_<name>_...`.
 
     Yields:
         step (1-based), loss and its terms (of the first pass over a batch, the mean of its minibatches), reward,
@@ -97,42 +114,52 @@ def train(
         NonFiniteLoss: names the step and the term, before the weights are touched.
         UsageError: a batch that does not split into `minibatches`, or options that do not go together.
     """
-    check_minibatches(batch_size, minibatches, truncation=truncation)
     parameters = list(policy.trainable().values())
-    order = batches(data, batch_size=batch_size, seed=seed, start=start)
+    objectives = {"": Objective(pipeline, loss, data, batch_size, schedules or {}), **(further or {})}
+    for objective in objectives.values():
+        check_minibatches(objective.batch_size, minibatches, truncation=truncation)
+    seeds = {label: hash((seed, place)) if place else seed for place, label in enumerate(objectives)}
+    orders = {
+        label: batches(each.data, batch_size=each.batch_size, seed=seeds[label], start=start)
+        for label, each in objectives.items()
+    }
     for step in range(start, steps):
         if controller is not None and controller.stopped:
             return
         clock = Clock()
-        td = at_step(next(order).to(policy.device), seed=seed, step=step)
-        for name, stage in pipeline.items():
-            with clock(name):
-                td = stage(td)
+        drawn: dict[str, TensorDictBase] = {}
+        for label, objective in objectives.items():
+            td = at_step(next(orders[label]).to(policy.device), seed=seeds[label], step=step)
+            for name, stage in objective.pipeline.items():
+                with clock(name):
+                    td = stage(td)
+            drawn[label] = td
+            set_weights(objective.loss, step, schedules=objective.schedules, controller=controller)
         for observe in observers:
-            observe(td)
-        set_weights(loss, step, schedules=schedules or {}, controller=controller)
+            observe(drawn[""])
 
         rate, history = optimizer.param_groups[0]["lr"], list[dict[str, float]]()
         rows = batch_size // minibatches
-        shares = part_shares(rows, micro_batch or rows)
-        parts = [own_parts(counted(part, loss), micro_batch or rows) for part in td.split(rows)]
+        shares = [] if further else part_shares(rows, micro_batch or rows)
+        parts = minibatch_parts(objectives, drawn, minibatches, micro_batch)
         for update, minibatch in ((update, part) for update in range(updates) for part in parts):
-            names = ["sampler_mismatch"] * (has_rollouts(td) and not history) + list(loss.out_keys)
+            names = term_names(objectives, drawn, mismatches=not history)
             terms: dict[str, Tensor] = {}
             sums: list[Tensor] = []  # squared norms of the gradient, from one part of the batch to the next
             optimizer.zero_grad(set_to_none=True)
-            for part in minibatch:
+            for label, part in minibatch:
                 with clock("score"):
-                    exact = loss.divergence  # of the policy as it is now; sampled log-probs of the start stay
-                    new = reference if loss.kl_coefficient and (exact or not update) else None
-                    entropy = bool(loss.entropy_coefficient)
+                    own = objectives[label].loss
+                    exact = own.divergence  # of the policy as it is now; sampled log-probs of the start stay
+                    new = reference if own.kl_coefficient and (exact or not update) else None
+                    entropy = bool(own.entropy_coefficient)
                     score(policy, part, reference=new, scoring=scoring, entropy=entropy, divergence=exact)
-                    if "sampler_mismatch" in names:
-                        _add(terms, {"sampler_mismatch": mismatch(part)})
+                    if called("sampler_mismatch", label) in names:
+                        _add(terms, {called("sampler_mismatch", label): mismatch(part)})
                     if truncation is not None and not update:
                         correct_mismatch(part, cap=truncation)
-                    out = loss(part)
-                _add(terms, {name: value.detach() for name, value in out.items()})
+                    out = own(part)
+                _add(terms, {called(name, label): value.detach() for name, value in out.items()})
                 with clock("update"):
                     sum(value for name, value in out.items() if name.startswith("loss_")).backward()
                     if not history and shares:
@@ -155,13 +182,45 @@ def train(
         yield {
             "step": step + 1,
             "loss": sum(value for name, value in first.items() if name.startswith("loss_")),
-            **summarise(td),
+            **{called(name, label): value for label, td in drawn.items() for name, value in summarise(td).items()},
             **first,
             **({"kl_coefficient": loss.kl_coefficient} if loss.kl_coefficient else {}),
             "learning_rate": rate,
-            "tokens_per_second": _tokens(td) / clock.total(),
+            "tokens_per_second": sum(map(_tokens, drawn.values())) / clock.total(),
             **clock.times(),
         }
+
+
+def called(name: str, label: str) -> str:
+    """The name of a metric of the objective `label`: `loss_kl` is `loss_answers_kl`, `reward` is `answers_reward`."""
+    if not label:
+        return name
+    start, rest = ("loss_", name.removeprefix("loss_")) if name.startswith("loss_") else ("", name)
+    return f"{start}{label}_{rest.removeprefix('answer_').removeprefix('answers_')}"
+
+
+def term_names(
+    objectives: Mapping[str, Objective], drawn: Mapping[str, TensorDictBase], *, mismatches: bool
+) -> list[str]:
+    """What is added up over the parts of a batch: the losses' own values, and with `mismatches` that of the sampler."""
+    return [
+        called(name, label)
+        for label, objective in objectives.items()
+        for name in ["sampler_mismatch"] * (mismatches and has_rollouts(drawn[label])) + objective.loss.out_keys
+    ]
+
+
+def minibatch_parts(
+    objectives: Mapping[str, Objective], drawn: Mapping[str, TensorDictBase], count: int, micro_batch: int | None
+) -> list[list[tuple[str, TensorDictBase]]]:
+    """The parts that are scored at once, minibatch by minibatch, each with the name of its objective."""
+    found: list[list[tuple[str, TensorDictBase]]] = [[] for _ in range(count)]
+    for label, objective in objectives.items():
+        rows = objective.batch_size // count
+        for place, part in enumerate(drawn[label].split(rows)):
+            own = own_parts(counted(part, objective.loss), micro_batch or rows)
+            found[place] += [(label, micro) for micro in own]
+    return found
 
 
 def check_minibatches(batch_size: int, minibatches: int, *, truncation: float | None = None) -> None:
