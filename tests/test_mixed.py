@@ -80,7 +80,7 @@ def test_an_update_descends_the_weighted_sum(mixed):
             reward = td[schema.REWARD]
             assert list(td[schema.ROLLOUT_TOKENS].shape) == [2, 1, 3, 7]
             gain = torch.where(td[schema.ROLLOUT_MASK], td[schema.ADVANTAGE][..., None] * td["policy", "log_prob"], 0.0)
-            assert values["loss_answers_policy_gradient"] == pytest.approx(-0.25 * float(gain.sum()) / 6, abs=1e-5)
+            assert values["loss_answers_policy_gradient"] == pytest.approx(-0.25 * gain.sum().item() / 6, abs=1e-5)
             assert record["answers_reward"] == pytest.approx(float(reward.mean()), abs=1e-6)
             assert reward.std() > 0
     total.backward()
