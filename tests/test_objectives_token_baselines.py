@@ -163,6 +163,16 @@ def test_constant_returns_and_zero_regressors_are_finite() -> None:
     assert values.tolist() == torch.tensor([0.0, 1.0]).expand(2, 1, 3, 2).tolist()
 
 
+def test_a_block_that_is_rounding_noise_where_it_is_fitted_is_not_blown_up_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    returns = torch.randn(2, 3, 4, 2, generator=generator, dtype=torch.float64)
+    usual = torch.randn(2, 3, 4, 2, 5, generator=generator, dtype=torch.float64)
+    sparse = torch.randn(2, 3, 4, 2, 1, generator=generator, dtype=torch.float64)
+    sparse[0] *= 1e-16  # as advantages are where all rollouts of an anchor have one reward
+    values = ridge_values([usual, sparse], returns, torch.ones(2, 3, 4, 2, dtype=torch.bool))
+    assert values.abs().max() < 10 * returns.abs().max()
+
+
 def test_horizon_weights_by_hand() -> None:
     assert horizon_weights("uniform", 3).tolist() == [1, 1, 1]
     assert horizon_weights("last", 3).tolist() == [0, 0, 1]

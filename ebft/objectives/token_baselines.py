@@ -64,9 +64,10 @@ def ridge_values(regressors: Sequence[Tensor], returns: Tensor, mask: Tensor) ->
 
     Every sequence is predicted from the regression on the others, so no rollout of it helps to predict itself or its
     neighbours, and the value of a token depends on its own rollout through the regressors alone. In closed form over
-    the kernel of the rows, with an intercept; blocks of regressors have equal weight and the penalty is the one of
-    least generalised cross-validation error, both judged by the fitted rows alone. The first token's value is 0, the
-    mean of returns that have a baseline per anchor already.
+    the kernel of the rows, with an intercept. Blocks of regressors have equal weight over all rows, also those that are
+    predicted: a block that is rounding noise in the fitted rows would otherwise be blown up in the others. The penalty
+    is the one of least generalised cross-validation error over the fitted rows. The first token's value is 0, the mean
+    of returns that have a baseline per anchor already.
 
     Args:
         regressors: blocks [B,K,N,G,R] of what is known before each token.
@@ -94,20 +95,20 @@ def ridge_values(regressors: Sequence[Tensor], returns: Tensor, mask: Tensor) ->
         y = returns[..., position].double().flatten()
         real = mask[..., position].flatten()
         group = torch.arange(sequences, device=y.device).repeat_interleave(len(y) // sequences)
-        kernels, found = [block @ block.T for block in x], torch.zeros_like(y)
+        found = torch.zeros_like(y)
+        kernel = torch.stack([_of_unit_size(block @ block.T, real) for block in x]).sum(0)
         for held in range(sequences):
             fit, own = real & (group != held), real & (group == held)
             if fit.sum() > 1 and own.any():
-                kernel = torch.stack([block / _size(block[fit][:, fit]) for block in kernels]).sum(0)
                 found[own] = _predict(kernel[fit][:, fit], y[fit], kernel[own][:, fit])
         values[..., position] = found.view(values.shape[:-1])
     return values.to(returns.dtype)
 
 
-def _size(kernel: Tensor) -> Tensor:
-    """Mean square of the rows of a kernel [n,n]; 1 where it is 0."""
-    size = kernel.diagonal().mean()
-    return torch.where(size > 0, size, 1.0)
+def _of_unit_size(kernel: Tensor, real: Tensor) -> Tensor:
+    """A kernel [n,n] over the mean square of its `real` rows [n]; 0 stays 0."""
+    size = kernel.diagonal()[real].mean() if real.any() else kernel.new_zeros(())
+    return kernel / torch.where(size > 0, size, 1.0)
 
 
 def _predict(kernel: Tensor, y: Tensor, across: Tensor) -> Tensor:
