@@ -8,18 +8,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ebft.commands.ablate import ablate
-from ebft.commands.compare import compare
-from ebft.commands.components import components
-from ebft.commands.data import data
-from ebft.commands.evaluate import evaluate
-from ebft.commands.plan import plan
-from ebft.commands.rollouts import rollouts
-from ebft.commands.run import run
-from ebft.commands.sample import sample
-from ebft.commands.signal import signal
-from ebft.commands.study import study
-from ebft.commands.tilt import tilt
+from ebft.commands import (
+    ablate,
+    compare,
+    components,
+    data,
+    evaluate,
+    plan,
+    rollouts,
+    run,
+    sample,
+    signal,
+    study,
+    tilt,
+)
+from ebft.commands.options import examples
 from ebft.distributed import is_first, number, said_by_first, started
 from ebft.errors import UsageError
 
@@ -41,8 +44,9 @@ def _app(context: typer.Context) -> None:
         )
 
 
-for command in (run, plan, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
-    app.command()(command)
+for module in (run, plan, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
+    command = getattr(module, module.__name__.rpartition(".")[2])
+    app.command(epilog=examples(*module.EXAMPLES))(command)
 
 
 def main() -> None:

@@ -217,6 +217,28 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
+def test_a_study_around_a_file_of_options(command, tmp_path):
+    """Options of the file hold for every cell, flags go before them, and what is varied comes from --over."""
+    file = tmp_path / "base.yaml"
+    file.write_text("features: ngram\nngram: 1\nce: 0.5\nsteps: 9\nsave-every: 1\n")
+    chosen = ["--config", str(file), "--steps", "1", "--over"]
+    result = invoke(command, *chosen, "estimator=rloo,none")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(rows(tmp_path / "study")) == 2 * 5
+    for cell in ("estimator=rloo", "estimator=none"):
+        stored = json.loads((tmp_path / "study" / cell / "seed-0" / "config.json").read_text())["options"]
+        assert {name: stored[name] for name in ("features", "ngram", "ce", "steps", "save_every")} == {
+            "features": "ngram", "ngram": 1, "ce": 0.5, "steps": 1, "save_every": 1,
+        }  # fmt: skip
+    result = invoke(command, *chosen, "features=ngram,hidden")
+    assert isinstance(result.exception, UsageError)
+    assert "--features ngram and --over features" in str(result.exception)
+    file.write_text("estimatr: none\n")
+    result = invoke(command, *chosen, "estimator=rloo,none")
+    assert isinstance(result.exception, UsageError)
+    assert f"--config {file}: unknown key 'estimatr' (did you mean 'estimator'?)" in str(result.exception)
+
+
 def test_a_study_by_the_command_line(command, tmp_path, options):
     over = ["--over", "features=ngram,hidden", "--over", "entropy=0.01,0.02", "--steps", "1"]
     out = tmp_path / "study"

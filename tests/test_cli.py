@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ebft import cli
@@ -349,6 +350,20 @@ def test_sample_refuses_bad_input(sample, changes, message):
 
 
 # Help
+
+
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+def test_help_ends_with_examples_of_options_that_there_are(name):
+    result = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    said = result.output.partition(" Examples")[2].split("•")[1:]
+    examples = [" ".join(example.split()) for example in said]
+    assert examples
+    known = {flag for parameter in get_command(cli.app).commands[name].params for flag in parameter.opts}
+    for example in examples:
+        assert example.split()[:2] == ["ebft", name]
+        assert {word for word in example.split() if word.startswith("--")} <= known
+    assert "(default runs/" not in result.output or "(default runs/TIME" in result.output or name in ("ablate", "study")
 
 
 def test_run_help_mentions_every_option():

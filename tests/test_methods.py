@@ -160,9 +160,12 @@ GRADIENTS = {
 TERMS = {"cross_entropy_coefficient": 0.5, "kl_coefficient": 0.3, "entropy_coefficient": 0.1}
 
 
+EXACT = [("reinforce", "exact"), ("clipped", "exact_forward")]
+
+
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_one_batch_of_eight_is_two_of_four_is_eight_of_one(options, gradient, normalization):
+@pytest.mark.parametrize(("gradient", "divergence"), [*((name, None) for name in GRADIENTS), *EXACT])
+def test_one_batch_of_eight_is_two_of_four_is_eight_of_one(options, gradient, normalization, divergence):
     """The gradient that reaches the optimiser, in float64 so that only the arithmetic of the parts is compared."""
     policy, pipeline, rows = parts(options)
     policy.model.double()
@@ -178,7 +181,9 @@ def test_one_batch_of_eight_is_two_of_four_is_eight_of_one(options, gradient, no
     td[schema.ROLLOUT_MASK][0, :, :, 1:] = False  # uneven lengths
     found = {}
     for micro_batch in (8, 4, 1):
-        loss = EBFTLoss(policy_gradient=GRADIENTS[gradient], normalization=normalization, **TERMS)
+        loss = EBFTLoss(
+            policy_gradient=GRADIENTS[gradient], normalization=normalization, kl_estimator=divergence, **TERMS
+        )
         optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
         (record,) = train(
             policy, {"given": lambda batch: td.clone()}, loss, rows[:8], optimizer=optimizer, steps=1, batch_size=8,

@@ -144,6 +144,34 @@ def test_a_weight_of_an_objective_follows_its_schedule(mixed):
     assert set(schedules) == {"policy_gradient_coefficient"}
 
 
+def test_a_step_takes_the_weight_of_its_schedule(mixed):
+    found = {}
+    for schedule in (None, "warm_up:1"):
+        policy, pipeline, loss, rows, further = parts(mixed | {"answer_schedule": schedule})
+        optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+        run = train(policy, pipeline, loss, rows, optimizer=optimizer, steps=2, batch_size=2, seed=0, further=further,
+                    reference=policy.reference())  # fmt: skip
+        found[schedule] = [record["loss_answers_policy_gradient"] for record in run]
+    assert all(value != 0 for value in found[None])
+    assert found["warm_up:1"] == pytest.approx([found[None][0] / 4, found[None][1] / 2], rel=1e-4)
+
+
+def test_whole_answers_alone_end_at_stop_sequences(mixed):
+    policy, pipeline, _, rows, _ = parts(mixed)
+    drawn = pipeline["sample"](at_step(rows[:2].clone(), seed=0, step=0))
+    token = drawn[schema.ROLLOUT_TOKENS][0, 0, 0, :1]
+    _, stages, _, _, further = parts(mixed | {"stop": [policy.tokenizer.decode(token.tolist())]})
+    again = stages["sample"](at_step(rows[:2].clone(), seed=0, step=0))
+    assert torch.equal(again[schema.ROLLOUT_MASK], drawn[schema.ROLLOUT_MASK])
+    answers = further[ANSWERS]
+    answered = answers.pipeline["sample"](at_step(answers.data[:8].clone(), seed=0, step=0))
+    tokens, mask = answered[schema.ROLLOUT_TOKENS], answered[schema.ROLLOUT_MASK]
+    ends = ((tokens == token) & mask).nonzero()
+    assert len(ends)
+    for b, k, n, g in ends.tolist():
+        assert int(mask[b, k, n].sum()) == g + 1
+
+
 def test_cross_entropy_and_answers_without_matching_draw_no_short_rollouts(mixed, tmp_path):
     go(mixed | {"pg_weight": 0.0, "kl": 0.0, "steps": 2}, tmp_path / "run")
     for row in metrics(tmp_path / "run"):

@@ -12,6 +12,12 @@ from ebft.commands.derived import NOT_OF_THE_RUN, parse_option, run_defaults, wi
 from ebft.commands.options import given_options, option
 from ebft.errors import UsageError
 
+EXAMPLES = (
+    "ablate --over features=hidden,sbert --over estimator=rloo,mean,none --seeds 3 --steps 30",
+    "ablate --over whitening=none,group --config runs/mine/config.json --one-at-a-time",
+    "ablate --replay rollouts --over features=hidden,sbert,ngram --out replay",
+)
+
 STUDY = "Study"
 
 
@@ -30,7 +36,7 @@ def ablate(
         Path | None,
         option(
             STUDY,
-            "Folder of the study; one that is there goes on (default runs/ablate-<axes>-<hash of the other options>:"
+            "Folder of the study; one that is there goes on (default runs/ablate-AXES-HASH of the other options:"
             " the same command goes on)",
         ),
     ] = None,
@@ -54,8 +60,6 @@ def ablate(
     is skipped, what was begun goes on, what fails is recorded and the others go on (exit code 1). Leaves results.csv
     (a row for every cell, seed and metric), results.md (means with 95 % intervals over seeds, differences to the first
     cell paired by seed) and a plot for every axis.
-
-    Example: `ablate --over features=hidden,sbert --over estimator=rloo,mean,none --seeds 3 --steps 30`
     """
     from transformers.utils import logging
 

@@ -12,6 +12,11 @@ from ebft.commands.derived import with_options_of
 from ebft.commands.evaluate import evaluate as evaluate_command
 from ebft.commands.options import OUTPUT, given_options, option
 
+EXAMPLES = (
+    "compare runs/a runs/b",
+    "compare runs/a smollm2-135m --evaluate --quick",
+)
+
 
 @with_options_of(evaluate_command, without=("policy",))
 def compare(
@@ -32,8 +37,6 @@ def compare(
     paired difference of each from the first.
 
     Writes compare.md, compare.csv and compare.png.
-
-    Example: `compare runs/a runs/b --evaluate --quick`
     """
     from transformers.utils import logging
 

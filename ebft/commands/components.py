@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+EXAMPLES = ("components",)
+
 
 def components() -> None:
     """List every sampler, feature map, objective, estimator and policy gradient, with options and defaults."""

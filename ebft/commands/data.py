@@ -9,6 +9,11 @@ from rich.console import Console
 
 from ebft.commands.options import MODEL, option
 
+EXAMPLES = (
+    "data",
+    "data qa-code",
+)
+
 
 def data(
     name: Annotated[str | None, typer.Argument(help="A data set; without it, all of them are listed.")] = None,

@@ -10,6 +10,11 @@ from rich.console import Console
 
 from ebft.commands.options import DATA, MODEL, OUTPUT, SAMPLING, given_options, option
 
+EXAMPLES = (
+    "evaluate --policy runs/mine --features hidden,sbert,ngram --quick",
+    "evaluate --policy smollm2-135m --data humaneval --answers 16 --k 1,16",
+)
+
 FEATURES, ANSWERS, STATISTICS = "Features", "Whole answers (data with prompts and answers)", "Statistics"
 
 
@@ -137,8 +142,6 @@ def evaluate(
 
     Writes evaluation.json, evaluation.png, and the values of every sequence and prompt as sequences.csv and
     prompts.csv, from which any two evaluations of the same data can be compared in pairs.
-
-    Example: `evaluate --policy runs/mine --features hidden,sbert,ngram --quick`
     """
     from transformers.utils import logging
 

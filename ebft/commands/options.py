@@ -13,6 +13,11 @@ METHOD, MODEL, DATA, SAMPLING = "Method", "Model", "Text", "Rollouts"
 MATCHING, LOSS, TRAINING, OUTPUT = "What is matched", "Loss", "Training", "Output"
 
 
+def examples(*lines: str) -> str:
+    """Command lines, without the program's name, as what the help of a command ends with."""
+    return "\n\n".join(["**Examples**", "", *(f"* `ebft {line}`" for line in lines)])
+
+
 def option(panel: str, help: str, *names: str, **extra: Any):
     """A typer option that stands under `panel` in the help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **extra)

@@ -10,6 +10,11 @@ from rich.console import Console
 from ebft.commands.derived import with_run_options
 from ebft.commands.options import MODEL, given_options, option
 
+EXAMPLES = (
+    "plan --policy smollm2-135m --lora 0 --length 1024 --stride 8 --batch 16 --micro-batch 4",
+    "plan --preset paper-qa-code --processes 8",
+)
+
 
 @with_run_options()
 def plan(
@@ -20,8 +25,6 @@ def plan(
 
     Memory is that of tensors, by what they are for, with what each stage adds at its worst; on a GPU the CUDA context
     and what the allocator keeps come on top. Time is that of the stages' matrix products, timed on this device.
-
-    Example: `plan --policy smollm2-135m --lora 0 --length 1024 --stride 8 --batch 16 --micro-batch 4`
     """
     from transformers.utils import logging
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from ebft.commands.derived import options_under, parse_option, run_defaults, with_run_options
 from ebft.commands.options import DATA, MODEL, SAMPLING, given_options, option
 
+EXAMPLES = ("rollouts --out rollouts --keep features=hidden --sketch 256",)
+
 KEPT = "What is kept"
 
 
@@ -40,9 +42,6 @@ def rollouts(
 
     Keeps tokens, anchors, targets, rollouts and log-probs as memory maps; with --keep the features of maps that need
     the model, with --sketch what the signal of gradients is computed from. Nothing is trained.
-
-    Example: `rollouts --out rollouts --keep features=hidden --sketch 256`, then
-    `ablate --replay rollouts --over features=hidden,sbert,ngram --over estimator=rloo,none --out replay`
     """
     from transformers.utils import logging
 

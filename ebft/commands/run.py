@@ -25,6 +25,16 @@ from ebft.commands.options import (
 )
 from ebft.distributed import is_first, joined
 
+EXAMPLES = (
+    "run --features sbert --sampler strided --steps 100",
+    "run --method sft --data qa-code --steps 200 --out runs/sft",
+    "run --method ebft --policy runs/sft --data qa-code --features hidden",
+    "run --method rlvr --data qa-code --verifier unit_tests --stop $'\\ndef '",
+    "run --method mixed --data translation --verifier chrf --answer-weight 0.5",
+    "run --preset paper-small --steps 50",
+    "run --resume --out runs/sft",
+)
+
 
 def run(
     context: typer.Context,
@@ -382,9 +392,7 @@ def run(
     eval_every: Annotated[
         int, option(TRAINING, "Steps between further held-out measurements, kept in held_out.csv; 0 for none.")
     ] = 0,
-    out: Annotated[
-        Path | None, option(OUTPUT, "Folder of the run (default runs/<time>-<method>-<features>-<sampler>)")
-    ] = None,
+    out: Annotated[Path | None, option(OUTPUT, "Folder of the run (default runs/TIME-METHOD-FEATURES-SAMPLER)")] = None,
     resume: Annotated[bool, option(OUTPUT, "Go on with the run in --out; its options are kept.", "--resume")] = False,
     force: Annotated[
         bool, option(OUTPUT, "With --resume: go on with the options given here, though they differ.", "--force")

@@ -9,6 +9,11 @@ from rich.console import Console
 
 from ebft.commands.options import DATA, MODEL, SAMPLING, option
 
+EXAMPLES = (
+    "sample --text README.md --stride 32 --rollouts 2",
+    "sample --text prompt.txt --sampler full --horizon 64 --policy runs/mine",
+)
+
 
 def sample(
     text: Annotated[Path, option(DATA, "Text file to take the prefixes from.")],

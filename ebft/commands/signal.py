@@ -13,6 +13,11 @@ from ebft.commands.derived import run_defaults
 from ebft.commands.options import DATA, MODEL, OUTPUT, given_options, option
 from ebft.commands.run import run
 
+EXAMPLES = (
+    'signal --config "paper: features=hidden whitening=group alignment=cosine" --config "dot: features=hidden"',
+    'signal --config "paper: features=hidden rollouts=8" --allocate',
+)
+
 WHAT = "What is measured"
 
 
@@ -61,7 +66,7 @@ def signal(
     seed: Annotated[int, option(OUTPUT, "Keys every random number.")] = 0,
     out: Annotated[
         Path | None,
-        option(OUTPUT, "Folder (default runs/<time>-signal); a measurement that is there goes on"),
+        option(OUTPUT, "Folder (default runs/TIME-signal); a measurement that is there goes on"),
     ] = None,
 ) -> None:
     """Measure the signal-to-noise² of policy gradients over independent batches, with 95 % intervals.
@@ -69,8 +74,6 @@ def signal(
     For every configuration (features, whitening, objective, baseline, credit, rollouts, anchors, horizon): the signal
     of a batch, of the rollouts of given sequences, per token-forward spent, and where it points: towards the mean
     gradient of a reference and of cross-entropy. Configurations that draw rollouts alike share them.
-
-    Example: `signal --config "paper: features=hidden whitening=group alignment=cosine" --config "dot: features=hidden"`
     """
     from transformers.utils import logging
 

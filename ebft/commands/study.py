@@ -13,6 +13,11 @@ from ebft.commands.options import OUTPUT, given_options, option
 from ebft.commands.run import run
 from ebft.errors import UsageError
 
+EXAMPLES = (
+    "study code --budget small --seeds 0,1,2 --out runs/code",
+    "study qa.jsonl --arms base,sft,ebft --minutes 60",
+)
+
 STUDY, EVALUATION = "Study", "Evaluation on the test half"
 
 # Options of `run` that a study sets itself.
@@ -91,7 +96,7 @@ def study(
     ] = False,
     out: Annotated[
         Path | None,
-        option(OUTPUT, "Folder of the study; one that is there goes on (default runs/study-<task>-<budget>)"),
+        option(OUTPUT, "Folder of the study; one that is there goes on (default runs/study-TASK-BUDGET)"),
     ] = None,
 ) -> None:
     """Compare the methods of the paper: the base, SFT, EBFT, and EBFT from a warm start by SFT.
@@ -103,8 +108,6 @@ def study(
 
     All options of `run` hold for all methods that take them. Every cell is an ordinary run or evaluation in a folder of
     its own: what is done is skipped, what was begun goes on, what fails is recorded and the others go on (exit code 1).
-
-    Example: `study code --budget small --seeds 0,1,2 --out runs/code`
     """
     from transformers.utils import logging
 

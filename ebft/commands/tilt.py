@@ -10,6 +10,11 @@ from rich.console import Console
 
 from ebft.commands.options import DATA, MATCHING, MODEL, OUTPUT, SAMPLING, given_options, option
 
+EXAMPLES = (
+    "tilt --features sbert --beta 4",
+    "tilt --features ngram --max-norm 1 --per-context",
+)
+
 ENERGY = "Energy"
 
 
@@ -71,7 +76,7 @@ def tilt(
         ),
     ] = False,
     seed: Annotated[int, option(SAMPLING, "Keys every random number.")] = 0,
-    out: Annotated[Path | None, option(OUTPUT, "Folder of the energy (default runs/<time>-tilt-<features>)")] = None,
+    out: Annotated[Path | None, option(OUTPUT, "Folder of the energy (default runs/TIME-tilt-FEATURES)")] = None,
 ) -> None:
     """Fit an energy E = χ·φ on a policy's rollouts, and reweight held-out rollouts by exp(-E): no training.
 
