@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ebft import cli
 from ebft.assemble.ablate import check_cell
 from ebft.assemble.rows import read_data
-from ebft.assemble.study_arms import TASKS, arm_options
+from ebft.assemble.study_arms import TASKS, Task, answers_prompts, arm_options, shared_options
 from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
 from ebft.commands.derived import run_defaults
 from ebft.data.split import unit_hash
@@ -79,11 +79,12 @@ def study(tiny_folder, tmp_path_factory):
     """All arms on a file of problems with tests, two seeds; its arguments, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("study")
     small = {"prompts": 2, "answers": 2, "answer_tokens": 4, "prompt_length": 40, "length": 64, "first": 1, "stride": 3}
+    small |= {"max_new_tokens": 3, "test_timeout": 20}
     argv = command(
         write_problems(folder / "mine.jsonl", count=160), tiny_folder, folder / "out", seeds="0,1",
         lr_grid="sft=0.001,0.02", **small,
     )  # fmt: skip
-    argv += ["--lr-grid", "ebft=0.01", "--lr-grid", "ebft-ws=0.01"]
+    argv += [part for arm in ("ebft", "ebft-ws", "rlvr", "rlvr-ws") for part in ("--lr-grid", f"{arm}=0.01")]
     result = invoke(argv)
     assert result.exit_code == 0, (result.output, result.exception)
     return argv, folder / "out", result.output
@@ -106,7 +107,17 @@ def test_every_arm_is_measured_alike(study):
         ):
             assert quantity in kinds, (arm, quantity)
     text = (out / "table.md").read_text()
-    for title in ("| Base |", "| SFT |", "| Warm start |", "| EBFT |", "| EBFT (ws) |", "pass greedy", "compiles"):
+    for title in (
+        "| Base |",
+        "| SFT |",
+        "| Warm start |",
+        "| EBFT |",
+        "| EBFT (ws) |",
+        "| RLVR |",
+        "| RLVR (ws) |",
+        "pass greedy",
+        "compiles",
+    ):
         assert title in text
     for name in ("training.png", "horizon.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
@@ -117,8 +128,14 @@ def test_every_arm_is_measured_alike(study):
 def test_every_arm_sees_as_many_examples_and_warm_starts_are_of_sft(study):
     _, out, _ = study
     examples = {row["arm"]: float(row["value"]) for row in rows(out) if row["metric"] == "examples"}
-    assert examples == {"sft": 4, "warm": 2, "ebft": 4, "ebft-ws": 4}
     stored = json.loads((out / "study.json").read_text())
+    in_a_row = stored["examples_in_a_row"]
+    assert in_a_row["sft"] > 1.5
+    assert in_a_row["rlvr"] == 1
+    assert examples == {arm: pytest.approx(4 * in_a_row["sft"], abs=1) for arm in examples} | {
+        "warm": pytest.approx(2 * in_a_row["sft"], abs=1)
+    }
+    assert set(examples) == set(ARMS) - {"base"}
     rate = stored["choices"]["sft"]["lr"]
     for seed in ("0", "1"):
         warm = json.loads((out / "runs/warm" / f"seed-{seed}/config.json").read_text())
@@ -185,7 +202,7 @@ def test_again_nothing_runs_and_another_configuration_is_refused(study):
     before = (out / "results.csv").read_bytes()
     result = invoke(argv)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "18 of 18 runs are done already" in result.output
+    assert "26 of 26 runs are done already" in result.output
     assert (out / "results.csv").read_bytes() == before
     for change in (["--ce", "0.1"], ["--prompts", "3"], ["--lr-grid", "ebft=0.02"], ["--seeds", "1,0"]):
         result = invoke([*argv, *change])
@@ -333,16 +350,22 @@ def test_p_values_in_closed_form():
 @pytest.mark.parametrize("task", [*TASKS, "mine.jsonl"])
 def test_every_budget_serves_every_task(name, task):
     budget = read_budget(name, task)
-    settings = settle_settings(budget, {}, where=name)
-    options = arm_options(budget, settings, task=TASKS.get(task, TASKS["code"]), flags={}, defaults=run_defaults())
-    amounts = set()
+    verifier = {"code": None, "translation": "bleu"}.get(task, "unit_tests")
+    settings = settle_settings(budget, {}, where=name, verifier=verifier)
+    assert ("rlvr-ws" in settings.arms) == (verifier is not None)
+    shared = shared_options(budget, task=TASKS.get(task, Task(task)), flags={}, defaults=run_defaults())
+    options = arm_options(budget, settings, shared, flags={}, verifier=verifier, per_row=1.6)
+    amounts = []
     for arm, own in options.items():
         check_cell({"policy": "any", **own, "lr": settings.lr_grid.get(arm, (1.0,))[0], "seed": 0})
         share = ARMS[arm].share
-        amounts.add(own["epochs"] / share if own["steps"] is None else own["steps"] * own["batch"] / share)
+        rows = own["epochs"] if own["steps"] is None else own["steps"] * own["batch"]
+        packed = not answers_prompts(arm) and own["steps"] is not None
+        amounts.append(rows / share * (1.6 if packed else 1))
         assert own["split"] == "validation"
-        assert ARMS[arm].after is None or own["backbone"] == budget.run["policy"]
-    assert len(amounts) == 1
+        assert ARMS[arm].after is None or arm == "rlvr-ws" or own["backbone"] == budget.run["policy"]
+        assert own["verifier"] == (verifier if arm.startswith("rlvr") else None)
+    assert max(amounts) <= 1.1 * min(amounts)  # batches are whole numbers
     assert set(settings.lr_grid) == {arm for arm in settings.arms if ARMS[arm].method and not ARMS[arm].rate_of}
 
 
@@ -353,11 +376,11 @@ def test_every_budget_serves_every_task(name, task):
         ({"arms": "base"}, "applies to no arm"),
         ({"lr_grid": "sft=0.1,0.1"}, "--lr-grid sft=0.1,0.1: expected different numbers"),
         ({"lr_grid": "sft=fast"}, "--lr-grid sft=fast"),
-        ({"lr_grid": "stf=0.1"}, "--lr-grid stf: there is no such arm"),
+        ({"lr_grid": "stf=0.1"}, "--lr-grid stf: no arm has this name"),
         ({"budget": "tiny"}, "--budget tiny: unknown budget"),
         ({"seeds": "0,0"}, "--seeds '0,0'"),
         ({"criterion": "luck"}, "--criterion 'luck'"),
-        ({"steps": "3", "batch": "1"}, "the arm warm is to see 1.5 examples"),
+        ({"steps": "3", "batch": "1"}, "the arm warm is to see 1.5 rows"),
         ({"ngram": "2"}, "--ngram 2 applies to no arm"),
         ({"horizon": "40"}, "arm sft: --horizon 40"),
         ({"eval_horizons": "64"}, "--horizons 64 does not fit"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ebft.components import GROUPS, OPTION_NAMES, choose
 from ebft.components.component import nearest
-from ebft.components.methods import FURTHER, with_defaults
+from ebft.components.methods import FURTHER, GIVEN, with_defaults
 from ebft.errors import UsageError
 from ebft.loops.ablation.results import Cell
 
@@ -154,6 +154,7 @@ def of_components(*groups: str) -> tuple[str, ...]:
 def taken_options(options: Mapping[str, Any]) -> set[str]:
     """Options that the method and the chosen components take."""
     filled = with_defaults(options)
+    filled |= GIVEN.get(filled.get("method", ""), {})
     chosen = [choose(group, filled[group]) for group in GROUPS if filled.get(group) is not None]
     further = FURTHER.get(filled.get("method", ""), {})
     chosen += [choose(group, name) for group, name in further.items()]

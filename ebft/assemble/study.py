@@ -16,15 +16,27 @@ from rich.console import Console
 from ebft.assemble.ablate import check_cell
 from ebft.assemble.config import machine, version_changes, versions
 from ebft.assemble.evaluation import bootstrap_options, load_data, parse_numbers, settle_options
+from ebft.assemble.policy import policy_folder
 from ebft.assemble.protections import say_protections
 from ebft.assemble.rows import Data, read_data
-from ebft.assemble.study_arms import TASKS, Task, arm_options, evaluation_options
+from ebft.assemble.study_arms import (
+    TASKS,
+    Task,
+    answers_prompts,
+    arm_options,
+    evaluation_options,
+    examples_in_a_row,
+    find_verifier,
+    shared_options,
+)
 from ebft.assemble.study_budget import read_budget, settle_settings
 from ebft.assemble.study_cells import Plan, begin_cell, cell_state, collect, tidy
+from ebft.components.methods import METHODS
 from ebft.data.examples import Example
+from ebft.data.named import HALVES
 from ebft.errors import UsageError
 from ebft.files import exclusive, write_atomically, write_json
-from ebft.loading import choose_device
+from ebft.loading import choose_device, load_tokenizer
 from ebft.loops.ablation.results import write_rows
 from ebft.loops.ablation.study import run_study
 from ebft.loops.evaluation.show import print_grids
@@ -73,32 +85,39 @@ def study_from_options(
 
     if len(set(seeds)) != len(seeds) or not seeds:
         raise UsageError(f"--seeds {','.join(map(str, seeds))}: expected different seeds, such as 0,1,2")
-    task = TASKS.get(name, Task(name))
-    chosen = read_budget(budget, name)
-    decided = settle_settings(chosen, settings, where=f"--budget {budget}")
+    task, chosen = TASKS.get(name, Task(name)), read_budget(budget, name)
+    flags = {option: options[option] for option in explicit}
+    shared = shared_options(chosen, task=task, flags=flags, defaults=options)
+    data = read_data({**shared, "split": None})
+    verifier = find_verifier(chosen, data, task=task, flags=flags)
+    decided = settle_settings(chosen, settings, where=f"--budget {budget}", verifier=verifier)
     if decided.criterion not in CRITERIA:
         raise UsageError(f"--criterion {decided.criterion!r}: expected one of {', '.join(CRITERIA)}")
-    flags = {option: options[option] for option in explicit}
-    arms = arm_options(chosen, decided, task=task, flags=flags, defaults=options)
-    trained = next(iter(arms.values()), None)
-    if trained is None:
+    resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier)
+    arms = resolve(per_row=1.0)
+    if not arms:
         raise UsageError("--arms base: there is nothing to compare; name an arm that is trained")
-    base = chosen.run.get("policy", options["policy"]) if "policy" not in flags else options["policy"]
-    for arm, own in arms.items():
-        _check_arm(arm, own, base, decided.lr_grid.get(ARMS[arm].rate_of or arm, (1.0,)))
-    data = read_data({**trained, "split": None})
+    base = shared["policy"]
+    for arm, trained in arms.items():
+        _check_arm(arm, trained, base, decided.lr_grid.get(ARMS[arm].rate_of or arm, (1.0,)))
     measuring = evaluation_options(
-        decided, {**trained, "policy": base}, task=task, answers=data.answers, defaults=evaluate_defaults(),
-        bootstrap=bootstrap, level=level,
-    )  # fmt: skip
-    for split in ("validation", "test"):
-        read_data({**trained, "split": split})  # refuses data that cannot be split
-    measuring = settle_options(measuring, set(measuring), policy=base)
+        decided, shared, task=task, answers=data.answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
+    )
+    settle_options({**measuring, "policy": base}, set(measuring), policy=base)
     load_data(measuring, ())
-    horizon = parse_numbers("eval-horizons", measuring["horizons"])
-    measuring = {key: value for key, value in measuring.items() if key != "policy"}
-
-    plan = Plan(out, decided.arms, list(seeds), arms, measuring, base, decided.lr_grid, decided.criterion)
+    for split in HALVES:
+        read_data({**shared, "split": split})  # refuses data that cannot be split
+    packed = next((own for arm, own in arms.items() if not answers_prompts(arm)), None)
+    per_row = 1.0
+    if packed is not None:
+        whole = {"policy": base, **packed, "lr": 1.0, "seed": 0}
+        per_row = examples_in_a_row(data, load_tokenizer(policy_folder(base)), whole)
+    arms = resolve(per_row=per_row)
+    in_a_row = {arm: 1.0 if answers_prompts(arm) else per_row for arm in arms}
+    plan = Plan(out, decided.arms, list(seeds), arms, measuring, base, decided.lr_grid, decided.criterion, in_a_row)
+    horizon = shared["horizon"] or METHODS["ebft"].options["horizon"]
+    horizons = parse_numbers("eval-horizons", measuring["horizons"])
+    columns_at = max((g for g in horizons if g <= horizon), default=horizons[-1])
     config = {
         "task": name,
         "policy": base,
@@ -106,13 +125,13 @@ def study_from_options(
         "settings": dataclasses.asdict(decided),
         "options": arms,
         "evaluation": measuring,
+        "examples_in_a_row": in_a_row,
         "seeds": list(seeds),
     }
     _open(plan, config, console)
     if _has_tests(data, task):
         say_protections(console)
     about = _about(config, data)
-    columns_at = max((g for g in horizon if g <= trained["horizon"]), default=horizon[-1])
     title = f"{name}: {base}"
 
     def write(failures: Mapping[str, str], *, differences: bool) -> tuple[Found, list[Difference]]:
@@ -223,16 +242,20 @@ def _has_tests(data: Data, task: Task) -> bool:
 
 def _about(config: Mapping[str, Any], data: Data) -> list[str]:
     """What was compared, in sentences."""
-    settings, run = config["settings"], next(iter(config["options"].values()))
-    amount = f"{run['epochs']:g} passes" if run["epochs"] is not None else None
-    sft = next(iter(config["options"].values()))
-    examples = amount or f"{sft['steps'] * sft['batch']:,} sequences"
+    settings = config["settings"]
+    arm, run = next(iter(config["options"].items()))
+    if run["epochs"] is not None:
+        amount = f"{run['epochs'] / ARMS[arm].share:g} passes over the examples"
+    else:
+        rows = run["steps"] * run["batch"] / ARMS[arm].share
+        amount = f"{rows:,.0f} rows of {run['length']} tokens"
+        if data.answers:
+            amount += f", {rows * config['examples_in_a_row'][arm]:,.0f} examples,"
+    prompts = f" and {settings['prompts']} prompts" if config["evaluation"]["greedy"] else ""
     return [
-        f"Budget `{config['budget']}`, seeds {', '.join(map(str, config['seeds']))}. Every method sees {examples} of"
-        f" {run['length']} tokens at most. Feature matching is of rollouts of the features `{run['features']}`; Table 1"
-        f" is measured on {settings['eval_rows']} sequences"
-        + (f" and {settings['prompts']} prompts" if config["evaluation"]["greedy"] else "")
-        + " of the test half, learning rates are chosen on the validation half with the first seed.",
+        f"Budget `{config['budget']}`, seeds {', '.join(map(str, config['seeds']))}. Every method sees {amount} in all."
+        f" Table 1 is measured on {settings['eval_rows']} rows{prompts} of data that no choice was made on; learning"
+        " rates are chosen on the validation half of the held-out data, with the first seed.",
     ]
 
 

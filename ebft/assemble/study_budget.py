@@ -88,11 +88,14 @@ def read_budget(name: str, task: str) -> Budget:
     )
 
 
-def settle_settings(budget: Budget, given: Mapping[str, Any], *, where: str) -> Settings:
+def settle_settings(budget: Budget, given: Mapping[str, Any], *, where: str, verifier: str | None = None) -> Settings:
     """The settings of a budget under those that the user gave (None: not given).
 
+    Args:
+        verifier: of answers; without one the budget's arms that want one are left out.
+
     Raises:
-        UsageError: one that neither has, or values out of range.
+        UsageError: one that neither has, values out of range, or an arm asked for that wants a verifier.
     """
     flags = {name: value for name, value in given.items() if value is not None}
     lr_grid = dict(budget.settings.get("lr_grid", {}))
@@ -106,12 +109,19 @@ def settle_settings(budget: Budget, given: Mapping[str, Any], *, where: str) -> 
     for field in fields(Settings):
         if field.name not in merged:
             raise UsageError(f"{where} says nothing of {field.name}: give --{field.name.replace('_', '-')}")
+    for arm in [name for name in merged["arms"] if name in ARMS and ARMS[name].verified and verifier is None]:
+        if given.get("arms") is not None:
+            raise UsageError(
+                f"--arms {arm}: there is nothing to verify answers with: the data wants tests, or --verifier says how"
+                " answers are compared with references"
+            )
+        merged["arms"] = [name for name in merged["arms"] if name != arm]
     chosen = with_needed(merged["arms"])
     merged["arms"] = chosen
     merged["lr_grid"] = {arm: _rates(arm, lr_grid) for arm in chosen if ARMS[arm].method and not ARMS[arm].rate_of}
     for arm in lr_grid:
-        if arm not in ARMS:
-            raise UsageError(f"--lr-grid {arm}: there is no such arm{nearest(arm, ARMS)}")
+        if arm not in ARMS or ARMS[arm].method is None or ARMS[arm].rate_of is not None:
+            raise UsageError(f"--lr-grid {arm}: no arm has this name and a rate of its own{nearest(arm, ARMS)}")
     return Settings(**merged)
 
 

@@ -48,6 +48,7 @@ class Plan:
     Attributes:
         options: arm -> options of its runs; evaluation: options of every evaluation; base: the policy.
         grids: arm -> learning rates to choose from, by runs of the first seed.
+        in_a_row: arm -> examples in a row, in the mean.
         by: name of the criterion; choices: those made so far, arm -> as `choice.choose` gives it.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     base: str
     grids: Mapping[str, Sequence[float]]
     by: str
+    in_a_row: Mapping[str, float]
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cells(self) -> list[Run]:
@@ -173,13 +175,14 @@ def collect(plan: Plan, failures: Mapping[str, str]) -> Found:
             one = read_tested(plan.out / "test" / arm / f"seed-{seed}")
             if one is not None:
                 tested[arm][seed] = one
-            cost = _cost(plan.final(arm, seed))
+            folder = plan.final(arm, seed)
+            cost = _cost(folder, plan.in_a_row[arm])
             if cost is None:
                 continue
             before = ARMS[arm].after
             earlier = Cost(0, 0, 0.0) if before is None else costs[before][seed]
             costs.setdefault(arm, {})[seed] = earlier + cost
-            curves.setdefault(arm, {})[seed] = _curve(plan.final(arm, seed), earlier.examples)
+            curves.setdefault(arm, {})[seed] = _curve(folder, plan.in_a_row[arm], offset=earlier.examples)
     search = {arm: _search(plan, arm) for arm in plan.grids if not _undecided(plan, arm)}
     return Found(tested, costs, search, plan.choices, curves, failures)
 
@@ -210,29 +213,38 @@ def _finished(folder: Path) -> Path:
     return folder
 
 
-def _cost(folder: Path) -> Cost | None:
+def _cost(folder: Path, in_a_row: float) -> Cost | None:
     if not (folder / "evaluation.json").is_file():
         return None
-    step = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["stages"]["step"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Cost(config["steps"] * config["options"]["batch"], step["tokens"], step["seconds"])
+    step = _read(folder / "evaluation.json")["stages"]["step"]
+    config = _read(folder / "config.json")
+    examples = round(config["steps"] * config["options"]["batch"] * in_a_row)
+    return Cost(examples, step["tokens"], step["seconds"])
 
 
 def _search(plan: Plan, arm: str) -> float:
     """Seconds of the training of the candidates that were not chosen."""
     chosen = plan.final(arm, plan.seeds[0])
-    costs = [_cost(run.folder) for run in plan.candidates(arm) if run.folder != chosen]
+    costs = [_cost(run.folder, 1.0) for run in plan.candidates(arm) if run.folder != chosen]
     return sum(cost.seconds for cost in costs if cost is not None)
 
 
-def _curve(folder: Path, offset: int) -> dict[str, list[tuple[float, float]]]:
-    """Metric -> (examples seen, value on the validation half) of a finished run, its start and end at the least."""
-    batch = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]["batch"]
+def _curve(folder: Path, in_a_row: float, *, offset: int) -> dict[str, list[tuple[float, float]]]:
+    """Metric -> (examples seen, value on the validation half) of a finished run, its start and end at the least.
+
+    Feature matching is left out where the run does not measure it.
+    """
+    config = _read(folder / "config.json")
     if (folder / HELD_OUT).is_file():
         steps, columns = read_metrics(folder / HELD_OUT)
-        points = {metric: list(zip(steps, columns[metric], strict=True)) for metric in CURVES}
+        points = {metric: list(zip(steps, columns[metric], strict=True)) for metric in CURVES if metric in columns}
     else:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
-        points = {m: [(0, metrics[m]["before"]), (config["steps"], metrics[m]["after"])] for m in CURVES}
-    return {metric: [(offset + step * batch, value) for step, value in own] for metric, own in points.items()}
+        metrics = _read(folder / "evaluation.json")["metrics"]
+        ends = {metric: (metrics[metric]["before"], metrics[metric]["after"]) for metric in CURVES if metric in metrics}
+        points = {metric: [(0, before), (config["steps"], after)] for metric, (before, after) in ends.items()}
+    examples = config["options"]["batch"] * in_a_row
+    return {metric: [(offset + step * examples, value) for step, value in own] for metric, own in points.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

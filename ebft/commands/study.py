@@ -44,7 +44,12 @@ def study(
     ] = "small",
     seeds: Annotated[str, option(STUDY, "Seeds of every method; learning rates are chosen with the first.")] = "0,1,2",
     arms: Annotated[
-        str | None, option(STUDY, "What is compared: base, sft, warm, ebft, ebft-ws (default: all)")
+        str | None,
+        option(
+            STUDY,
+            "What is compared: base, sft, warm (the warm start alone), ebft, ebft-ws (from a warm start), rlvr, rlvr-ws"
+            " (default: all; rlvr only where answers can be verified)",
+        ),
     ] = None,
     lr_grid: Annotated[
         list[str] | None,
@@ -59,7 +64,8 @@ def study(
         option(
             STUDY,
             "What the learning rate is chosen by on the validation half: own (sft: cross_entropy, ebft:"
-            " feature_matching_loss), or one of these for all arms (default: the budget's)",
+            " feature_matching_loss, rlvr: reward), or one of the first two for all arms that measure it (default: the"
+            " budget's)",
         ),
     ] = None,
     eval_rows: Annotated[int | None, option(EVALUATION, "Sequences (default: the budget's)")] = None,
@@ -99,9 +105,10 @@ def study(
         option(OUTPUT, "Folder of the study; one that is there goes on (default runs/study-TASK-BUDGET)"),
     ] = None,
 ) -> None:
-    """Compare the methods of the paper: the base, SFT, EBFT, and EBFT from a warm start by SFT.
+    """Compare the methods of the paper: the base, SFT, EBFT, RLVR, and both from a warm start by SFT.
 
-    Every method sees the same number of examples. Its learning rate is chosen from a grid on the validation half of the
+    RLVR takes part where answers can be verified: by tests, or on translations. Every method sees the same number of
+    examples. Its learning rate is chosen from a grid on the validation half of the
     held-out texts; the paper's Table 1 is then measured on the test half, which nothing before it looks at:
     cross-entropy, feature matching, tests passed (or BLEU and chrF) greedily and best of 1, 4 and 16, over all seeds,
     with the significance of every difference, and time and tokens spent.

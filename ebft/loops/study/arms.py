@@ -18,7 +18,7 @@ class Arm:
         rate_of: the arm whose learning rate it takes instead of one of its own.
         own: metric of its run, on the validation half, that it is trained for, and whether it should be `lower` or
             `higher`.
-        verified: whether it wants a verifier.
+        verified: whether it wants a verifier; its runs then answer prompts and measure no feature matching.
     """
 
     title: str
@@ -32,6 +32,7 @@ class Arm:
 
 BASE, WARM = "base", "warm"
 _MATCHING = ("feature_matching_loss", "lower")
+_REWARD = ("reward", "higher")
 
 # In the order in which they are trained and shown: an arm comes after those that it needs.
 ARMS = {
@@ -40,6 +41,8 @@ ARMS = {
     WARM: Arm("Warm start", "sft", share=0.5, rate_of="sft"),
     "ebft": Arm("EBFT", "ebft", own=_MATCHING),
     "ebft-ws": Arm("EBFT (ws)", "ebft", share=0.5, after=WARM, own=_MATCHING),
+    "rlvr": Arm("RLVR", "rlvr", own=_REWARD, verified=True),
+    "rlvr-ws": Arm("RLVR (ws)", "rlvr", share=0.5, after=WARM, own=_REWARD, verified=True),
 }
 
 

@@ -16,8 +16,9 @@ CRITERIA = (OWN, "cross_entropy", "feature_matching_loss")
 
 
 def criterion(arm: Arm, name: str) -> tuple[str, str]:
-    """(metric of a run, `lower` or `higher`): the arm's own, or the one that all arms are chosen by."""
-    return arm.own if name == OWN else (name, "lower")
+    """(metric of a run, `lower` or `higher`): the arm's own, or the one that all arms are chosen by that measure it."""
+    measured = not (arm.verified and name == "feature_matching_loss")
+    return (name, "lower") if name != OWN and measured else arm.own
 
 
 def choose(candidates: Mapping[float, Path], *, metric: str, better: str) -> dict[str, Any]:
