@@ -126,9 +126,15 @@ def test_times_are_those_of_the_products_that_the_stages_do(monkeypatch):
     assert found["sample"] == body * (20 + 4 * teeth) + 15 * (6 + 4 * teeth)
     assert found["embed"] == body / 2 * (20 + 5 * teeth)
     read = 20 + 4 * teeth + 6
-    assert found["score"] == 2 * (3 * body * (20 + 4 * teeth) + 4 * 15 * read + body * (20 + 4 * teeth) + 15 * read)
+    assert found["score"] == 2 * 2 * (body * (20 + 4 * teeth) + 15 * read)  # the policy's and the reference's
+    assert found["update"] == 2 * (2 * body * (20 + 4 * teeth) + 3 * 15 * read)
     alone = stage_seconds(layer, head, kind=FULL, parts=1, reference=False, **{**parts, "sampled": None})
-    assert alone == {"score": 3 * body * 20 + 4 * 15 * 20}
+    assert alone == {"score": body * 20 + 15 * 20, "update": 2 * body * 20 + 3 * 15 * 20}
+    frozen = [weight.detach() for weight in (*layer, head)]
+    adapted = stage_seconds(
+        frozen[:1], frozen[1], kind=Kind(torch.float32, lora=1), parts=1, reference=False, **{**parts, "sampled": None}
+    )
+    assert adapted == {"score": body * 20 + 2 * 15 * 20, "update": body * 20}
 
 
 def test_products_are_timed_in_proportion():

@@ -96,6 +96,7 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         scored=work(at_once),
         parts=options["minibatches"] * -(-of_update // at_once),
         updates=options["updates"],
+        minibatches=options["minibatches"],
         rollouts=options["method"] != "sft",
         depth=max(layers, default=0) / text.num_hidden_layers,
         taps=len(layers) * text.hidden_size * (kind.autocast or kind.weights).itemsize,

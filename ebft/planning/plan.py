@@ -58,6 +58,7 @@ class Step:
     Args:
         sampled: what it samples and embeds at once, and `measured`, what at once in a held-out measurement.
         scored: what it scores at once, `parts` times in each of `updates` passes over the batch.
+        minibatches: updates of the weights in each pass.
         rollouts: whether it trains on rollouts at all.
         depth: share of the layers that the feature map runs; 0 if it runs none.
         taps: bytes of features and of the states that they are made of, of a token of a rollout.
@@ -70,6 +71,7 @@ class Step:
     scored: Work
     parts: int
     updates: int = 1
+    minibatches: int = 1
     rollouts: bool = True
     depth: float = 0.0
     taps: int = 0
@@ -120,9 +122,9 @@ def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimize
         reference=step.reference,
         device=timed,
     )
-    floor["score"] *= step.updates
+    floor |= {stage: floor[stage] * step.updates for stage in ("score", "update")}
     seconds = {stage: value * OVER_PRODUCTS[stage] for stage, value in floor.items()}
-    seconds["update"] = update_seconds(make_optimizer, trained, timed) * step.updates
+    seconds["update"] += update_seconds(make_optimizer, trained, timed) * step.updates * step.minibatches
     tokens = step.sampled.trunk + step.sampled.columns * step.sampled.horizon * step.rollouts
     return Plan(parts, stages, floor, seconds, tokens, trained)
 

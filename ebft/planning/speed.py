@@ -18,7 +18,7 @@ from ebft.planning.products import Operands, Product, multiply, operations
 
 # Time of a stage over that of its products: SmolLM2-135M in float32, 1024 tokens, two cores of a CPU
 # (benchmarks/results/sampling.md).
-OVER_PRODUCTS = {"sample": 1.35, "embed": 1.35, "score": 1.41}
+OVER_PRODUCTS = {"sample": 1.35, "embed": 1.35, "score": 1.41, "update": 1.41}
 
 _OPERATIONS = {"cpu": 6e10, "cuda": 2e13}  # that one measurement does at most; it is scaled up to what a stage needs
 _WEIGHTS = 2**22  # of the optimizer's probe
@@ -84,7 +84,7 @@ def stage_seconds(
     reference: bool,
     device: Device,
 ) -> dict[str, float]:
-    """Floor of the stages, in seconds, of one process.
+    """Floor of the stages, in seconds, of one process; the backward pass belongs to "update".
 
     Args:
         layer: weights of the linear layers of one decoder layer, in the compute dtype, `requires_grad` as trained.
@@ -95,7 +95,6 @@ def stage_seconds(
         scored: what is scored at once, `parts` times.
         reference: whether the frozen start scores too.
     """
-    backward = any(weight.requires_grad for weight in layer)
     found: dict[str, float] = {}
     if sampled is not None:
         first = sampled.rows * sampled.count
@@ -105,11 +104,13 @@ def stage_seconds(
         found["embed"] = depth * layers * device.products(layer, sampled.trunk + sampled.teeth("embed")) if depth else 0
     teeth = 0 if sampled is None else scored.teeth("score")
     tokens, read = scored.trunk + teeth, scored.trunk + teeth + (0 if sampled is None else scored.rows * scored.count)
-    # the head's logits are computed again in the backward pass, where its weight is trained
-    again = device.products([head], read) if head.requires_grad else 0.0
-    once = layers * device.products(layer, tokens, backward=backward) + device.products([head], read, backward=True)
-    forward = layers * device.products(layer, tokens)
-    found["score"] = parts * (once + again + (forward if kind.checkpointing else 0))
-    if reference:
-        found["score"] += parts * (forward + device.products([head], read))
+    forward, logits = layers * device.products(layer, tokens), device.products([head], read)
+    both = layers * device.products(layer, tokens, backward=True)
+    found["score"] = parts * (forward + logits) * (1 + reference)
+    if head.requires_grad:  # its logits are computed again on the way back
+        found["update"] = parts * (both - forward + device.products([head], read, backward=True))
+    else:  # the gradient of a frozen head's input is found on the way there
+        found["score"] += parts * logits
+        found["update"] = parts * (both - forward)
+    found["update"] += parts * forward * kind.checkpointing
     return found
