@@ -8,6 +8,8 @@ rollout tokens into a row.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from ebft.errors import UsageError
@@ -130,6 +132,21 @@ class NestedPrefixLayout:
         if window is not None:
             seen = seen & (self._position[row, query] - self._position[row, key] < window)
         return seen
+
+    def padded(self, size: int) -> NestedPrefixLayout:
+        """The layout whose `visible` is of rows of `size` slots: those behind see themselves, and nobody else sees them.
+
+        What it compares has the shapes of `size`, so that what is compiled for that serves all rows up to it.
+        """
+        more, wider = size - self.size, copy.copy(self)
+        wider.size = size
+        # each slot behind is a tooth of its own, which sees none of the trunk
+        behind = torch.arange(more, device=self.anchors.device) + self.count * self.rollouts
+        wider._tooth = torch.cat([self._tooth, behind])
+        wider._limit, wider._document, wider._position = (
+            torch.nn.functional.pad(values, (0, more)) for values in (self._limit, self._document, self._position)
+        )
+        return wider
 
     def dense_mask(self, *, window: int | None = None) -> torch.Tensor:
         """[B,S,S] bool of `visible` over all pairs."""

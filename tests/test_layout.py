@@ -69,7 +69,7 @@ def test_visibility_and_positions_by_enumeration(comb, window):
 def test_the_block_mask_shows_what_the_layout_shows(comb, window, block):
     """Every cell of every block: whole blocks are all visible, partial ones by the mask's rule, absent ones hidden."""
     layout, *_ = comb
-    mask = flex_masks(layout, window, block=block)
+    mask = flex_masks(layout, window, block=block, size=layout.size)
     size, wanted = layout.size, layout.dense_mask(window=window)
     shown = torch.zeros_like(wanted)
     slots = torch.arange(size)
