@@ -134,7 +134,7 @@ class NestedPrefixLayout:
         return seen
 
     def padded(self, size: int) -> NestedPrefixLayout:
-        """The layout whose `visible` is of rows of `size` slots: those behind see themselves, and nobody else sees them.
+        """The layout whose `visible` is of `size` slots a row: those behind see themselves, and nobody else sees them.
 
         What it compares has the shapes of `size`, so that what is compiled for that serves all rows up to it.
         """

@@ -6,6 +6,7 @@ by torch's own reference, since inductor has no FlexAttention with log-sum-exp o
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -63,13 +64,18 @@ def test_windows_and_sizes_have_graphs_of_their_own(graphs):
 
 
 def test_too_many_graphs_are_an_error_and_no_silent_detour(graphs, monkeypatch):
-    monkeypatch.setattr(flex, "_GRAPHS", 2)
-    policy = CausalPolicy(tiny("llama"), kernel="flex")
-    with torch.no_grad():
-        for length in (40, 140):
+    monkeypatch.setattr(flex, "_GRAPHS", 3)
+    policy, done = CausalPolicy(tiny("llama"), kernel="flex"), []
+
+    @torch.no_grad()
+    def grow():
+        for length in (40, 140, 300, 400, 600):
             policy.score(*comb(count=3, length=length)[0])
-        with pytest.raises(RuntimeError, match="Hard failure due to fullgraph=True"):
-            policy.score(*comb(count=3, length=300)[0])
+            done.append(graphs())
+
+    with pytest.raises(FailOnRecompileLimitHit, match="Hard failure due to fullgraph=True"):
+        grow()
+    assert done == [1, 2, 3]
 
 
 def test_the_kernel_of_gpus_wants_a_whole_graph(monkeypatch):

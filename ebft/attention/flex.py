@@ -44,8 +44,8 @@ def flex_pass(layout, mask: BlockMask, query, key, value, rule: ScoreRule) -> to
 
     Raises:
         UsageError: a gradient is wanted on a device other than a GPU, where FlexAttention has none.
-        RuntimeError: the compiler gave up, or compiled more than `_GRAPHS` times. Without it the same would be computed
-            in silence by something that holds all of [S,S] at once.
+        torch._dynamo.exc.FailOnRecompileLimitHit: there are more than `_GRAPHS` sizes; or another of torch's errors,
+            the compiler gave up. Otherwise the same would be computed in silence by what holds all of [S,S] at once.
     """
     on_gpu = query.device.type == "cuda"
     if not on_gpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
