@@ -292,6 +292,18 @@ def test_a_study_that_was_killed_ends_as_one_that_was_not(tiny_folder, tiny_text
         assert (tmp_path / "whole" / name).stat().st_size > 0
 
 
+def test_a_candidate_that_diverges_is_no_candidate_and_the_rest_goes_on(tiny_folder, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    options = {"arms": "sft", "seeds": "0", "lr_grid": "0.01,1e20", "eval_every": 0, "steps": 4, "eval_rows": 2}
+    result = invoke(command(tiny_text, tiny_folder, out, **options))
+    assert result.exit_code == 1, (result.output, result.exception)
+    (failure,) = json.loads((out / "failures.json").read_text()).items()
+    assert failure[0] == "SFT, seed 0, lr 1e+20"
+    assert json.loads((out / "study.json").read_text())["choices"]["sft"]["lr"] == 0.01
+    assert value(out, "sft", "0", "cross_entropy", "all") < value(out, "base", "", "cross_entropy", "all")
+    assert "* SFT, seed 0, lr 1e+20:" in (out / "table.md").read_text()
+
+
 def test_a_timer_stops_as_ctrl_c_does():
     with pytest.raises(KeyboardInterrupt), stop_after(0.001):
         time.sleep(20)

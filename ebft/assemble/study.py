@@ -131,7 +131,7 @@ def study_from_options(
     _open(plan, config, console)
     if _has_tests(data, task):
         say_protections(console)
-    about = _about(config, data)
+    about = _about(config, data, horizon=columns_at)
     title = f"{name}: {base}"
 
     def write(failures: Mapping[str, str], *, differences: bool) -> tuple[Found, list[Difference]]:
@@ -240,7 +240,7 @@ def _has_tests(data: Data, task: Task) -> bool:
     return task.prompts_from is not None or any(isinstance(e, Example) and e.tests for e in data.held_out)
 
 
-def _about(config: Mapping[str, Any], data: Data) -> list[str]:
+def _about(config: Mapping[str, Any], data: Data, *, horizon: int) -> list[str]:
     """What was compared, in sentences."""
     settings = config["settings"]
     arm, run = next(iter(config["options"].items()))
@@ -255,7 +255,8 @@ def _about(config: Mapping[str, Any], data: Data) -> list[str]:
     return [
         f"Budget `{config['budget']}`, seeds {', '.join(map(str, config['seeds']))}. Every method sees {amount} in all."
         f" Table 1 is measured on {settings['eval_rows']} rows{prompts} of data that no choice was made on; learning"
-        " rates are chosen on the validation half of the held-out data, with the first seed.",
+        " rates are chosen on the validation half of the held-out data, with the first seed. CE: cross-entropy in nats"
+        f" per token. FM: unbiased feature-matching loss of rollouts of {horizon} tokens, under each feature map.",
     ]
 
 

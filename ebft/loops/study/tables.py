@@ -15,6 +15,7 @@ from ebft.loops.study.differences import Difference
 from ebft.loops.study.measured import Column, Found
 
 NONE = "–"
+FLOOR = 0.02  # of scores from 0 to 1
 WIDEST = 4  # columns side by side in a terminal
 
 
@@ -102,7 +103,7 @@ def document(
     """
     seeds = max((len(tested) for arm, tested in found.tested.items() if arm != BASE), default=0)
     parts = [f"# {title}", *about, "## Table 1", _markdown(table_one(found, columns, level=level))]
-    parts.append(notes(found, level=level, seeds=seeds))
+    parts.append(notes(found, columns, level=level, seeds=seeds))
     parts += [f"![{meaning}]({file})\n\n{meaning}" for file, meaning in pictures.items()]
     if differences:
         parts += ["## Differences", difference_note(len(differences), level=level, seeds=seeds)]
@@ -123,14 +124,28 @@ _COST_NOTE = (
 )
 
 
-def notes(found: Found, *, level: float, seeds: int) -> str:
+def notes(found: Found, columns: Sequence[Column], *, level: float, seeds: int) -> str:
     """What has to be said with Table 1."""
     text = [f"Mean over seeds ± half the {level:.0%} t-interval over seeds, on the same test texts."]
-    if seeds < 2:
+    if seeds == 1:
         text = ["One seed: there is no interval over seeds."]
     if found.tested.get(WARM):
         text.append("Warm start: SFT on the first half of the examples; (ws) goes on from there with the other half.")
+    if any(ARMS[arm].verified for arm in found.curves):
+        text.append(
+            "RLVR sees single prompts with their answers, of the examples that can be verified; its runs measure the"
+            " cross-entropy of those answers and no feature matching, so its curve is not that of the others."
+        )
+    floor = [column.title for column in columns if _at_the_floor(found, column)]
+    if floor:
+        text.append(f"At the floor for every method (below {FLOOR}), and no comparison: {', '.join(floor)}.")
     return " ".join(text)
+
+
+def _at_the_floor(found: Found, column: Column) -> bool:
+    """Whether a score of whole answers is next to nothing under all policies."""
+    values = [tested.value(column) for by_seed in found.tested.values() for tested in by_seed.values()]
+    return column.better == "higher" and bool(values) and all(value is not None and value < FLOOR for value in values)
 
 
 def difference_note(count: int, *, level: float, seeds: int) -> str:
@@ -141,7 +156,7 @@ def difference_note(count: int, *, level: float, seeds: int) -> str:
         f" decided by the data. These are {count} comparisons: at a level of {level:.0%} some are to be expected to"
         " come out by chance."
     )
-    return text if seeds > 1 else f"{text} With one seed nothing is decided over seeds."
+    return text if seeds != 1 else f"{text} With one seed nothing is decided over seeds."
 
 
 def _difference(one: Difference | None) -> str:
