@@ -79,7 +79,7 @@ def study(tiny_folder, tmp_path_factory):
     """All arms on a file of problems with tests, two seeds; its arguments, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("study")
     small = {"prompts": 2, "answers": 2, "answer_tokens": 4, "prompt_length": 40, "length": 64, "first": 1, "stride": 3}
-    small |= {"max_new_tokens": 3, "test_timeout": 20}
+    small |= {"max_new_tokens": 3, "test_timeout": 20, "held_out": 2, "eval_every": 2}
     argv = command(
         write_problems(folder / "mine.jsonl", count=160), tiny_folder, folder / "out", seeds="0,1",
         lr_grid="sft=0.001,0.02", **small,
@@ -269,14 +269,14 @@ def test_the_best_candidate(tmp_path):
 
 def test_a_study_that_was_killed_ends_as_one_that_was_not(tiny_folder, tiny_text, tmp_path):
     options = {
-        "arms": "ebft", "seeds": "0", "lr_grid": "0.01,0.02", "steps": 8, "eval_rows": 3, "save_every": 1,
+        "arms": "ebft", "seeds": "0", "lr_grid": "0.01,0.02", "steps": 6, "eval_rows": 3, "save_every": 1,
         "eval_every": 4,
     }  # fmt: skip
     whole = invoke(command(tiny_text, tiny_folder, tmp_path / "whole", **options))
     assert whole.exit_code == 0, (whole.output, whole.exception)
     argv = command(tiny_text, tiny_folder, tmp_path / "killed", **options)
     process = subprocess.Popen([sys.executable, "cli.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
-    cell = tmp_path / "killed/runs/ebft/lr-0.02/seed-0"
+    cell = tmp_path / "killed/runs/ebft/lr-0.01/seed-0"
     deadline = time.monotonic() + 120
     while not (cell / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
