@@ -1,15 +1,19 @@
 """Options from files: YAML, the config.json of a run, and the presets of the paper, through the command line."""
 
+import inspect
 import json
 import re
 import shutil
 import sys
 
 import pytest
+from typer.main import get_command
 
 from ebft import cli
 from ebft.assemble.option_files import _PRESETS, preset_names, read_option_file, read_preset
+from ebft.commands.declared import of_features
 from ebft.components import GROUPS
+from ebft.components.features import FEATURES
 
 
 @pytest.fixture
@@ -211,3 +215,20 @@ def test_a_config_goes_before_a_preset_in_either_order(run, tmp_path):
         code, err = run(*order, "--features", "hidden", "--out", "out")
         assert code == 0, err
         assert (options_of(tmp_path / "out")["horizon"], options_of(tmp_path / "out")["whitening"]) == (4, "group")
+
+
+def test_options_of_feature_maps_are_declared_once():
+    """Every option of a map is one of run, and evaluate and tilt have the same, with the same help."""
+    commands = get_command(cli.app).commands
+    known = {option for entry in FEATURES.values() for option in entry.options}
+    declared = set(inspect.signature(of_features).parameters) - {"features"}
+    assert declared == known
+    helps = [
+        {parameter.name: (parameter.help, parameter.default) for parameter in commands[name].params} for name in
+        ("run", "evaluate", "compare", "tilt")
+    ]  # fmt: skip
+    for name in declared:
+        assert len({found[name] for found in helps}) == 1, name
+    panels = {parameter.name: parameter.rich_help_panel for parameter in commands["evaluate"].params}
+    assert panels["layers"] == panels["features"] == "Features"
+    assert {parameter.name: parameter.rich_help_panel for parameter in commands["run"].params}["layers"] != "Features"

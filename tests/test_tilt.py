@@ -95,7 +95,7 @@ def test_agreement_is_at_the_same_place():
 
 @pytest.fixture
 def tilt_options(tiny_folder, tiny_text):
-    parameters = inspect.signature(cli.tilt).parameters
+    parameters = inspect.signature(cli.tilt.tilt).parameters
     return {name: p.default for name, p in parameters.items() if name not in ("context", "out")} | {
         "policy": str(tiny_folder), "data": str(tiny_text), "device": "cpu", "dtype": "float32", "length": 32,
         "stride": 9, "first": 5, "horizon": 4, "rollouts": 4, "features": "ngram", "dimension": 16, "sequences": 12,

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ebft.commands.derived import with_options_of
 from ebft.commands.evaluate import evaluate as evaluate_command
-from ebft.commands.options import OUTPUT, given_options, option
+from ebft.commands.options import OUTPUT, given_options, option, with_options_of
 
 EXAMPLES = (
     "compare runs/a runs/b",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import typer
 
-from ebft.commands.options import plain
+from ebft.commands.options import plain, with_options_of
 from ebft.commands.run import run
 from ebft.errors import UsageError
 
@@ -24,35 +23,6 @@ def with_run_options(*, only: Collection[str] | None = None) -> Callable[[Callab
         only: which of the options of `run`; all but `out`, `resume` and `force` when left out.
     """
     return with_options_of(run, only=only, without=("out", "resume", "force"))
-
-
-def with_options_of(
-    other: Callable[..., None], *, only: Collection[str] | None = None, without: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of another too, which it finds in `context.params`; it takes `context` first.
-
-    Its own options stand where it has one of the same name.
-
-    Args:
-        only, without: which of the options of `other`; all when left out.
-    """
-    more = inspect.signature(other, eval_str=True).parameters
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function, eval_str=True).parameters
-        left_out = {*without, *own}
-        shared = [p for name, p in more.items() if name not in left_out and (only is None or name in only)]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
-
-        @wraps(function)
-        def command(**values: Any) -> None:
-            function(**{name: values[name] for name in own})
-
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
 
 
 @cache

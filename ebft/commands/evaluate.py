@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ebft.commands.options import DATA, MODEL, OUTPUT, SAMPLING, given_options, option
+from ebft.commands.declared import of_features, of_model, of_sampling, of_text
+from ebft.commands.options import DATA, MODEL, OUTPUT, SAMPLING, given_options, option, with_options_of
 
 EXAMPLES = (
     "evaluate --policy runs/mine --features hidden,sbert,ngram --quick",
@@ -16,8 +17,14 @@ EXAMPLES = (
 )
 
 FEATURES, ANSWERS, STATISTICS = "Features", "Whole answers (data with prompts and answers)", "Statistics"
+_AS_IN_A_RUN = {
+    *("device", "dtype", "attention", "text_field", "prompt_field", "answer_field", "tests_field", "chat", "split"),
+    *("stride", "first", "temperature", "top_p"),
+}
 
 
+@with_options_of(of_features, panel=FEATURES)
+@with_options_of(of_model, of_text, of_sampling, only=_AS_IN_A_RUN)
 def evaluate(
     context: typer.Context,
     policy: Annotated[
@@ -38,22 +45,9 @@ def evaluate(
             " measured.",
         ),
     ] = "stdlib",
-    text_field: Annotated[
-        str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
-    ] = None,
-    prompt_field: Annotated[str | None, option(DATA, "Field that holds the prompt (default prompt)")] = None,
-    answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
-    tests_field: Annotated[str | None, option(DATA, "Field that holds the tests (default tests)")] = None,
-    chat: Annotated[bool, option(DATA, "Put prompts into the model's chat template.", "--chat")] = False,
-    split: Annotated[
-        str | None,
-        option(DATA, "Half of the held-out texts that is measured: validation or test (default: both)"),
-    ] = None,
     length: Annotated[int, option(DATA, "T, tokens of a sequence; for a run's policy, by default the run's.")] = 128,
     held_out: Annotated[int, option(DATA, "Held-out sequences.")] = 32,
     sampler: Annotated[str, option(SAMPLING, "Where rollouts start and how they are drawn.")] = "strided",
-    stride: Annotated[int | None, option(SAMPLING, "Tokens between neighbouring anchors (default 16)")] = None,
-    first: Annotated[int | None, option(SAMPLING, "Context tokens before the first anchor (default 16)")] = None,
     horizons: Annotated[
         str | None,
         option(
@@ -63,29 +57,7 @@ def evaluate(
         ),
     ] = None,
     rollouts: Annotated[int, option(SAMPLING, "N, rollouts from every anchor.")] = 4,
-    temperature: Annotated[float, option(SAMPLING, "Sampling temperature of rollouts.")] = 1.0,
-    top_p: Annotated[float, option(SAMPLING, "Nucleus of the sampling distribution, in (0, 1].")] = 1.0,
     seed: Annotated[int, option(SAMPLING, "Keys every random number.")] = 0,
-    encoder: Annotated[str | None, option(FEATURES, "sbert: sentence encoder, a name, folder or hub id")] = None,
-    context_tokens: Annotated[
-        int | None, option(FEATURES, "sbert: tokens of the prefix embedded with the rollout")
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        option(
-            FEATURES,
-            "hidden: start (of a run, what it was trained from; else the policy itself), random, a name or a folder"
-            " (default start)",
-        ),
-    ] = None,
-    unit_norm: Annotated[str | None, option(FEATURES, "hidden: layer, joint or none (default layer)")] = None,
-    layers: Annotated[str | None, option(FEATURES, "hidden: depth fractions, indices, last or mean")] = None,
-    pooling: Annotated[str | None, option(FEATURES, "hidden: last, mean, concat_quantiles, ... (default last)")] = None,
-    match: Annotated[
-        str | None, option(FEATURES, "match: prefix (common beginning) or position (equal tokens) (default prefix)")
-    ] = None,
-    ngram: Annotated[int | None, option(FEATURES, "ngram: tokens of the n-grams that are counted (default 2)")] = None,
-    dimension: Annotated[int | None, option(FEATURES, "ngram, match: buckets of the hash (default 2048)")] = None,
     prompts: Annotated[int, option(ANSWERS, "Held-out prompts.")] = 32,
     prompts_from: Annotated[
         str | None,
@@ -122,14 +94,6 @@ def evaluate(
     test_timeout: Annotated[float, option(ANSWERS, "Seconds for the tests of one program.")] = 5.0,
     bootstrap: Annotated[int, option(STATISTICS, "Resamples of sequences (prompts) behind the intervals.")] = 2000,
     level: Annotated[float, option(STATISTICS, "Of the bootstrap (BCa) intervals.")] = 0.95,
-    device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
-    ] = "auto",
-    attention: Annotated[
-        str | None,
-        option(MODEL, "Kernel of scoring and embedding: dense, chunked, flex or rows (default: the fastest)"),
-    ] = None,
     batch: Annotated[int, option(MODEL, "Sequences measured at once; the results do not depend on it.")] = 4,
     out: Annotated[Path | None, option(OUTPUT, "Folder for the results (default runs/TIME-evaluate)")] = None,
 ) -> None:

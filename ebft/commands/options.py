@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -81,3 +84,45 @@ def given_options(context: typer.Context, *, besides: Collection[str]) -> tuple[
         if sources.get(name) == "DEFAULT_MAP" and sources.get(other) == "COMMANDLINE":
             options[name] = None
     return options, {name for name in options if sources[name] in ("COMMANDLINE", "DEFAULT_MAP")}
+
+
+def with_options_of(
+    *others: Callable[..., None],
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+    panel: str | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of others too, which it finds in `context.params`; it takes `context` first.
+
+    Its own options stand where it has one of the same name.
+
+    Args:
+        others: commands, or functions of `declared`.
+        only, without: which of their options; all when left out.
+        panel: of the help, under which they stand; None: their own.
+    """
+    more = {name: p for other in others for name, p in inspect.signature(other, eval_str=True).parameters.items()}
+    wanted = [name for name in more if name not in without and (only is None or name in only)]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters
+        shared = [more[name] if panel is None else _under(panel, more[name]) for name in wanted if name not in own]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared)]
+
+        @wraps(function)
+        def command(**values: Any) -> None:
+            function(**{name: values[name] for name in own})
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _under(panel: str, parameter: inspect.Parameter) -> inspect.Parameter:
+    """A parameter with its option under another panel."""
+    kind, info = typing.get_args(parameter.annotation)
+    moved = copy.copy(info)
+    moved.rich_help_panel = panel
+    return parameter.replace(annotation=Annotated[kind, moved])

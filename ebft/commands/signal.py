@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ebft.commands.declared import of_model, of_text
 from ebft.commands.derived import run_defaults
-from ebft.commands.options import DATA, MODEL, OUTPUT, given_options, option
+from ebft.commands.options import DATA, MODEL, OUTPUT, given_options, option, with_options_of
 from ebft.commands.run import run
 
 EXAMPLES = (
@@ -21,6 +22,7 @@ EXAMPLES = (
 WHAT = "What is measured"
 
 
+@with_options_of(of_model, of_text, only=("device", "dtype", "attention", "text_field"))
 def signal(
     context: typer.Context,
     config: Annotated[
@@ -54,14 +56,8 @@ def signal(
     ] = False,
     policy: Annotated[str, option(MODEL, "Model: smollm2-135m, a folder or a hub id.")] = "smollm2-135m",
     lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 8,
-    device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, option(MODEL, "auto or a torch dtype.")] = "auto",
-    attention: Annotated[str | None, option(MODEL, "Kernel of scoring and embedding (default: the fastest)")] = None,
     micro_batch: Annotated[int | None, option(MODEL, "Sequences scored at once (default batch)")] = None,
     data: Annotated[str, option(DATA, "stdlib, a text file, a folder, a .jsonl file or a hub dataset id.")] = "stdlib",
-    text_field: Annotated[
-        str | None, option(DATA, "Field of a JSONL file or dataset that holds the text (default text)")
-    ] = None,
     length: Annotated[int, option(DATA, "T, tokens of a sequence.")] = 128,
     seed: Annotated[int, option(OUTPUT, "Keys every random number.")] = 0,
     out: Annotated[

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ebft.commands.derived import with_options_of
-from ebft.commands.options import OUTPUT, given_options, option
+from ebft.commands.options import OUTPUT, given_options, option, with_options_of
 from ebft.commands.run import run
 from ebft.errors import UsageError
 
