@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -15,7 +13,7 @@ from rich.console import Console
 
 from ebft.assemble.ablate import check_cell
 from ebft.assemble.config import machine, version_changes, versions
-from ebft.assemble.evaluation import bootstrap_options, load_data, parse_numbers, settle_options
+from ebft.assemble.evaluation import load_data, parse_numbers, settle_options
 from ebft.assemble.policy import policy_folder
 from ebft.assemble.protections import say_protections
 from ebft.assemble.rows import Data, read_data
@@ -31,28 +29,19 @@ from ebft.assemble.study_arms import (
 )
 from ebft.assemble.study_budget import read_budget, settle_settings
 from ebft.assemble.study_cells import Plan, begin_cell, cell_state, collect, tidy
+from ebft.assemble.study_report import write_found, write_whole
 from ebft.components.methods import METHODS
 from ebft.data.examples import Example
 from ebft.data.named import HALVES
 from ebft.errors import UsageError
-from ebft.files import exclusive, write_atomically, write_json
+from ebft.files import exclusive, write_json
 from ebft.loading import choose_device, load_tokenizer
-from ebft.loops.ablation.results import write_rows
-from ebft.loops.ablation.study import run_study
-from ebft.loops.evaluation.show import print_grids
+from ebft.loops.ablation.study import DONE, run_study
 from ebft.loops.interrupt import stop_after
 from ebft.loops.run import open_folder
-from ebft.loops.study.arms import ARMS, BASE
+from ebft.loops.study.arms import ARMS
 from ebft.loops.study.choice import CRITERIA
-from ebft.loops.study.differences import Difference, all_differences
-from ebft.loops.study.measured import Found, columns_of
-from ebft.loops.study.plots import horizon_png, training_png
-from ebft.loops.study.tables import document, on_the_screen
-
-PICTURES = {
-    "training.png": "Losses on the validation half over the examples seen",
-    "horizon.png": "Feature-matching loss on the test half over the tokens of a rollout",
-}
+from ebft.loops.study.measured import Found
 
 
 def study_from_options(
@@ -80,6 +69,46 @@ def study_from_options(
     Raises:
         UsageError: bad input, before anything is written; an `out` with another study.
         Interrupted: Ctrl-C, or `minutes` are over; the same command goes on.
+    """
+    plan, config, shown, tested = _prepare(
+        name, options, explicit=explicit, settings=settings, budget=budget, seeds=seeds, out=out, bootstrap=bootstrap,
+        level=level,
+    )  # fmt: skip
+    _open(plan, config, console)
+    if tested:
+        say_protections(console)
+
+    def found(failures: Mapping[str, str]) -> Found:
+        config["choices"] = plan.choices
+        write_json(out / "study.json", config)
+        return collect(plan, failures)
+
+    def finished() -> None:
+        for arm in plan.grids:  # a choice is made, and written down, as soon as the candidates are there
+            if all(cell_state(run) == DONE for run in plan.candidates(arm)):
+                plan.rate(arm)
+        tidy(plan, drop_policies=drop_policies)
+        write_found(found({}), config, out, horizon=shown)
+
+    with exclusive(out), stop_after(minutes):
+        failures = run_study(
+            plan.cells(), partial(begin_cell, plan), out=out, console=console, finished=finished, find_state=cell_state
+        )
+        tidy(plan, drop_policies=drop_policies)
+        results = found(failures)
+        write_whole(results, config, out, horizon=shown, console=console)
+    return results
+
+
+def _prepare(
+    name: str, options: Mapping[str, Any], *, explicit: Collection[str], settings: Mapping[str, Any], budget: str,
+    seeds: Sequence[int], out: Path, bootstrap: int, level: float,
+) -> tuple[Plan, dict[str, Any], int, bool]:  # fmt: skip
+    """Check everything that needs no model; arguments as in `study_from_options`.
+
+    Returns:
+        The plan; what study.json holds; the tokens of a rollout at which Table 1 compares features; and whether
+        generated programs will be run.
     """
     from ebft.commands.derived import evaluate_defaults
 
@@ -117,7 +146,7 @@ def study_from_options(
     plan = Plan(out, decided.arms, list(seeds), arms, measuring, base, decided.lr_grid, decided.criterion, in_a_row)
     horizon = shared["horizon"] or METHODS["ebft"].options["horizon"]
     horizons = parse_numbers("eval-horizons", measuring["horizons"])
-    columns_at = max((g for g in horizons if g <= horizon), default=horizons[-1])
+    shown = max((g for g in horizons if g <= horizon), default=horizons[-1])
     config = {
         "task": name,
         "policy": base,
@@ -125,64 +154,11 @@ def study_from_options(
         "settings": dataclasses.asdict(decided),
         "options": arms,
         "evaluation": measuring,
+        "answers": data.answers,
         "examples_in_a_row": in_a_row,
         "seeds": list(seeds),
     }
-    _open(plan, config, console)
-    if _has_tests(data, task):
-        say_protections(console)
-    about = _about(config, data, horizon=columns_at)
-    title = f"{name}: {base}"
-
-    def write(failures: Mapping[str, str], *, differences: bool) -> tuple[Found, list[Difference]]:
-        found = collect(plan, failures)
-        config["choices"] = plan.choices
-        write_json(out / "study.json", config)
-        write_rows(_rows(found), out / "results.csv")
-        tested = [one for by_seed in found.tested.values() for one in by_seed.values()]
-        columns = columns_of(tested, horizon=columns_at) if tested else []
-        of = all_differences(found, columns, **bootstrap_options(measuring)) if differences else []
-        if differences:
-            write_atomically(out / "differences.csv", _difference_csv(of))
-            for file, draw in (("training.png", training_png), ("horizon.png", horizon_png)):
-                write_atomically(out / file, draw(found, level=level, title=title))
-        pictures = PICTURES if differences else {}
-        text = document(found, columns, of, title=title, about=about, level=level, pictures=pictures)
-        write_atomically(out / "table.md", text.encode())
-        if differences:
-            print_grids(console, on_the_screen(found, columns, level=level))
-        return found, of
-
-    def finished() -> None:
-        for arm in plan.grids:  # a choice is made, and written down, as soon as the candidates are there
-            if all(cell_state(run) == "done" for run in plan.candidates(arm)):
-                plan.rate(arm)
-        tidy(plan, drop_policies=drop_policies)
-        write({}, differences=False)
-
-    with exclusive(out), stop_after(minutes):
-        failures = run_study(
-            plan.cells(), partial(begin_cell, plan), out=out, console=console, finished=finished, find_state=cell_state
-        )
-        tidy(plan, drop_policies=drop_policies)
-        found, _ = write(failures, differences=True)
-    for file, meaning in _FILES.items():
-        console.print(f"{out / file}  {meaning}", soft_wrap=True, highlight=False)
-    if failures:
-        console.print(
-            f"[red]{len(failures)} cells failed[/red], see {out / 'failures.json'}; the same command tries them again",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-    return found
-
-
-_FILES = {
-    "table.md": "all tables: the paper's Table 1, differences, costs, learning rates",
-    "results.csv": "a row for every arm, seed and quantity",
-    "differences.csv": "a row for every pair of arms and column",
-    "study.json": "configuration, choices, versions, machine",
-    **PICTURES,
-}
+    return plan, config, shown, _has_tests(data, task)
 
 
 def _check_arm(arm: str, own: Mapping[str, Any], base: str, rates: Sequence[float]) -> None:
@@ -238,49 +214,3 @@ def _differing(now: Mapping[str, Any], stored: Mapping[str, Any], path: str = ""
 
 def _has_tests(data: Data, task: Task) -> bool:
     return task.prompts_from is not None or any(isinstance(e, Example) and e.tests for e in data.held_out)
-
-
-def _about(config: Mapping[str, Any], data: Data, *, horizon: int) -> list[str]:
-    """What was compared, in sentences."""
-    settings = config["settings"]
-    arm, run = next(iter(config["options"].items()))
-    if run["epochs"] is not None:
-        amount = f"{run['epochs'] / ARMS[arm].share:g} passes over the examples"
-    else:
-        rows = run["steps"] * run["batch"] / ARMS[arm].share
-        amount = f"{rows:,.0f} rows of {run['length']} tokens"
-        if data.answers:
-            amount += f", {rows * config['examples_in_a_row'][arm]:,.0f} examples,"
-    prompts = f" and {settings['prompts']} prompts" if config["evaluation"]["greedy"] else ""
-    return [
-        f"Budget `{config['budget']}`, seeds {', '.join(map(str, config['seeds']))}. Every method sees {amount} in all."
-        f" Table 1 is measured on {settings['eval_rows']} rows{prompts} of data that no choice was made on; learning"
-        " rates are chosen on the validation half of the held-out data, with the first seed. CE: cross-entropy in nats"
-        f" per token. FM: unbiased feature-matching loss of rollouts of {horizon} tokens, under each feature map.",
-    ]
-
-
-def _rows(found: Found) -> list[dict[str, Any]]:
-    """Tidy: one value a row."""
-    rows = []
-    for arm, by_seed in found.tested.items():
-        choice = found.choices.get(ARMS[arm].rate_of or arm)
-        for seed, tested in list(by_seed.items())[: 1 if arm == BASE else None]:
-            own = {"arm": arm, "seed": "" if arm == BASE else seed, "lr": "" if choice is None else choice["lr"]}
-            rows += [{**own, "unit": kind, **entry} for kind, entries in tested.values.items() for entry in entries]
-    for arm, costs in found.costs.items():
-        for seed, cost in costs.items():
-            own = {"arm": arm, "seed": seed, "lr": found.choices[ARMS[arm].rate_of or arm]["lr"], "unit": "training"}
-            rows += [{**own, "metric": key, "value": value} for key, value in dataclasses.asdict(cost).items()]
-    return rows
-
-
-def _difference_csv(differences: Sequence[Difference]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    header = ("arm", "other", "column", "difference", "half_width", "seeds", "p", "low", "high", "decided", "better")
-    writer.writerow(header)
-    for d in differences:
-        numbers = (d.seeds.mean, d.seeds.half_width, d.seeds.number, d.p, d.low, d.high)
-        writer.writerow([d.arm, d.other, d.column.title, *numbers, int(d.decided), int(d.better)])
-    return text.getvalue().encode()
