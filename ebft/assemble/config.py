@@ -26,12 +26,15 @@ def versions() -> dict[str, str]:
     return {"ebft": __version__, **{name: version(name) for name in PACKAGES}}
 
 
-# Options that leave the held-out measurement of the start what it is.
-_TRAINING_ALONE = {
-    *("steps", "epochs", "batch", "micro_batch", "checkpointing", "lr", "save_every", "eval_every", "keep", "logger"),
-    *("optimizer", "lr_schedule", "warm_up", "lr_end", "betas", "momentum", "nesterov", "weight_decay", "eps"),
-    *("max_grad_norm", "ema", "minibatches"),
-    *("pg", "clip", "updates", "truncate_weights", "pg_weight", "pg_schedule", "ce", "ce_tokens", "ce_schedule"),
+# Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the
+# whitening may be calibrated with batches; nor `estimator` and what shapes advantages: the samples show them.)
+TRAINING_ALONE = {
+    *("steps", "epochs", "micro_batch", "checkpointing", "save_every", "eval_every", "keep", "logger"),
+    *("optimizer", "lr", "lr_schedule", "warm_up", "lr_end", "betas", "momentum", "nesterov", "weight_decay", "eps"),
+    *("max_grad_norm", "ema", "pg", "clip", "updates", "minibatches", "truncate_weights", "score_temperature"),
+    *("normalization", "pg_weight", "pg_schedule", "answer_weight", "answer_schedule"),
+    *("ce", "ce_tokens", "ce_schedule", "entropy"),
+    *("kl", "kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop"),
 }
 
 
@@ -102,7 +105,7 @@ def record_changes(
     }
     if old.get("sequences") == new["sequences"]:
         del entry["sequences"]
-    if not changed <= _TRAINING_ALONE or "sequences" in entry:
+    if not changed <= TRAINING_ALONE or "sequences" in entry:
         (out / "before.json").unlink(missing_ok=True)
     config = {**new, "changes": [*old.get("changes", ()), entry]}
     write_json(out / "config.json", config)

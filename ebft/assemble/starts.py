@@ -6,16 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ebft.assemble.config import TRAINING_ALONE
 from ebft.loops.ablation.study import Run, stored_options
-
-# Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the
-# whitening may be calibrated with batches; nor `estimator`: the samples show advantages.)
-_TRAINING_ALONE = {
-    *("steps", "micro_batch", "lr"),
-    *("checkpointing", "pg", "clip", "updates", "truncate_weights", "normalization", "pg_weight", "pg_schedule"),
-    *("ce", "ce_tokens", "ce_schedule", "kl", "kl_mode", "kl_in", "kl_scope", "kl_schedule", "kl_target", "kl_stop"),
-    *("entropy", "save_every", "keep"),
-}
 
 
 def same_start(others: Sequence[Run], options: Mapping[str, Any]) -> Path | None:
@@ -25,6 +17,6 @@ def same_start(others: Sequence[Run], options: Mapping[str, Any]) -> Path | None
         if not ((other.folder / "evaluation.json").is_file() and config.is_file() and path.is_file()):
             continue
         stored = stored_options(config)
-        if {name for name, value in options.items() if stored.get(name) != value} <= _TRAINING_ALONE:
+        if {name for name, value in options.items() if stored.get(name) != value} <= TRAINING_ALONE:
             return path
     return None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ebft.files import write_atomically
 from ebft.loops.ablation.results import Cell, Results, axis_values
+from ebft.loops.palette import COLOURS, colours
 
 # (cell, metric) -> value, half the width of its interval (NaN for none), the single values behind it
 Values = Callable[[Cell, str], tuple[float, float, Sequence[float]] | None]
 
-_COLOURS = ("#2a5db0", "#c2571a", "#2f7d4f", "#8a3fa0", "#9c8413", "#3a8fa8", "#b0325e", "#5f5f5f")
 _LINES = ("s-", "o--", "^:")  # marker and dashes, another one when the colours are used up
 
 
@@ -54,20 +54,21 @@ def _png(
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(1 + 3.8 * columns, 0.8 + 2.7 * rows), dpi=120, layout="constrained")
+    shades = colours(len(lines))
     for number, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, number + 1)
         for line, (name, cells) in enumerate(lines.items()):
             shift = (line - (len(lines) - 1) / 2) * min(0.12, 0.5 / len(lines))
             found = [(axis_values(cell, results.axes)[axis], values(cell, metric)) for cell in cells]
             known = [(places.index(place) + shift, *value) for place, value in found if value is not None]
-            colour = _COLOURS[line % len(_COLOURS)]
+            colour = shades[line]
             for x, _, _, single in known:
                 axes.plot([x] * len(single), single, "o", markersize=3, alpha=0.35, markeredgewidth=0, color=colour)
             axes.errorbar(
                 [x for x, *_ in known],
                 [mean for _, mean, _, _ in known],
                 yerr=[half if math.isfinite(half) else 0.0 for _, _, half, _ in known],
-                fmt=_LINES[line // len(_COLOURS) % len(_LINES)],
+                fmt=_LINES[line // len(COLOURS) % len(_LINES)],
                 markersize=4, linewidth=1, capsize=3, color=colour, label=name,
             )  # fmt: skip
         title = metric.replace("_", " ")

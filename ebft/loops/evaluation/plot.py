@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ebft.loops.evaluation import prompts
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.result import Entry
-
-_COLOURS = ("#2a5db0", "#c0541a", "#2e8540", "#7b3fa0", "#8a6d00", "#b0306a", "#1a8f9a", "#555555")
+from ebft.loops.palette import colours
 
 
 def evaluation_png(entries: Mapping[str, Sequence[Entry]], *, title: str) -> bytes:
@@ -107,8 +106,3 @@ def _with_band(axes, own: Sequence[Entry], label: str, colour: str) -> None:
 
 def _known(entries: Sequence[Entry], metric: str, of: str) -> list[Entry]:
     return [e for e in entries if e["metric"] == metric and e["of"] == of and e["value"] is not None]
-
-
-def colours(count: int) -> list[str]:
-    """One for each of `count` policies; after eight they repeat."""
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]

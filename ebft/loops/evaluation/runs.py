@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ebft.errors import UsageError
-from ebft.loops.evaluation.plot import colours
 from ebft.loops.evaluation.show import Grid
 from ebft.loops.history import HELD_OUT
+from ebft.loops.palette import colours
 from ebft.loops.report_curves import Curve, build_curves, read_metrics
 from ebft.loops.report_verdict import aligned
 

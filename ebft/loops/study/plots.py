@@ -9,8 +9,8 @@ from typing import Any
 
 from ebft.loops.ablation.intervals import t_interval
 from ebft.loops.evaluation import quantities as names
-from ebft.loops.evaluation.plot import colours
 from ebft.loops.evaluation.run import SEQUENCES
+from ebft.loops.palette import colours
 from ebft.loops.study.arms import ARMS, BASE
 from ebft.loops.study.measured import Found
 
