@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12
     },
 }  # fmt: skip
+MEASURED = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")
 PIECES = ("ceilings", "step", "adapters", "sft", "kernels", "reference")
 STAGES = ("sample", "embed", "reward", "score", "update", "step")
 
@@ -264,9 +265,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help=f"Some of {', '.join(MODELS)}.")
-    ] = "smollm2-135m,qwen2.5-0.5b,qwen2.5-1.5b",
+    model: Annotated[str, typer.Option(help=f"Some of {', '.join(MODELS)}.")] = ",".join(MEASURED),
     piece: Annotated[str, typer.Option(help="Some of the pieces, with commas between.")] = ",".join(PIECES),
     device: Annotated[str, typer.Option(help="cuda, cuda:N or cpu.")] = "cuda",
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = Sizes.batch,
@@ -274,9 +273,7 @@ def main(
     length: Annotated[int, typer.Option(help="T, tokens of a sequence.")] = Sizes.length,
     horizon: Annotated[int, typer.Option(help="G, also the stride of the anchors.")] = Sizes.horizon,
     rollouts: Annotated[int, typer.Option(help="N.")] = Sizes.rollouts,
-    steps: Annotated[
-        int, typer.Option(help="Steps of training, of which the first two are not counted.")
-    ] = Sizes.steps,
+    steps: Annotated[int, typer.Option(help="Steps of training; the first two are not counted.")] = Sizes.steps,
     minutes: Annotated[float, typer.Option(help="Begin no piece after so long.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Folder of gpu.json and gpu.md.")] = RESULTS,
 ) -> None:

@@ -43,7 +43,7 @@ def markdown(results: dict[str, Any]) -> str:
         f" T={sizes['length']}, stride = first = G = {sizes['horizon']}, N={sizes['rollouts']}, scored"
         f" {sizes['micro_batch']} sequences at a time with recomputation. Random weights.",
         "",
-        "| model | piece | sample s | embed s | reward s | score s | update s | step s | tokens/s | peak GB | mismatch |",
+        "| model | piece | sample s | embed s | reward s | score s | update s | step s | tokens/s | GB | mismatch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model, pieces in results["models"].items():

@@ -12,7 +12,7 @@ from benchmarks import gpu, gpu_report
 from ebft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"device": "cpu", "batch": 2, "micro_batch": 1, "length": 40, "horizon": 4, "rollouts": 2, "steps": 3}
+SMALL = {"device": "cpu", "batch": 2, "micro_batch": 1, "length": 40, "horizon": 4, "rollouts": 3, "steps": 3}
 
 
 def run(out, **changes):
@@ -48,13 +48,13 @@ def test_every_piece_is_measured(results):
 
 
 def test_operations_are_those_of_the_products(results):
-    """By hand: H=64, I=128, 2 layers, 4 heads of 16 of which 2 for keys, V=512; T=40, G=4, N=2, so K=9."""
+    """By hand: H=64, I=128, 2 layers, 4 heads of 16 of which 2 for keys, V=512; T=40, G=4, N=3, so K=9."""
     body = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
-    head, teeth, columns = 64 * 512, 9 * 2 * 3, 9 * 2
+    head, teeth, columns = 64 * 512, 9 * 3 * 3, 9 * 3
     found = results[1]["models"]["tiny"]["step"]["operations"]
     assert found["score"] == 2 * 3 * 2 * (body * (40 + teeth) + head * (9 + teeth + 39))
     assert found["sample"] == 2 * 2 * (body * (40 + 3 * columns) + head * (9 + 3 * columns))
-    assert found["embed"] == 2 * int(0.75 * 2 * body * (40 + 9 * 2 * 4))
+    assert found["embed"] == 2 * int(0.75 * 2 * body * (40 + 9 * 3 * 4))
 
 
 def test_what_follows_from_the_pieces():
@@ -93,11 +93,12 @@ def test_mistakes_are_told(tmp_path, changes, message):
         run(tmp_path, **changes)
 
 
-def test_the_command_runs_a_piece_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--model", "tiny", "--device", "cpu", "--piece", "ceilings"]
-    done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "ceilings" in json.loads((tmp_path / "gpu.json").read_text())["models"]["tiny"]
+def test_the_command_says_what_is_wrong(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--model", "tiny", "--device", "gpu", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: device 'gpu': expected auto, cpu, cuda or cuda:N" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

@@ -29,6 +29,11 @@ def whole_features(td: TensorDictBase) -> tuple[Tensor, Tensor]:
 
 
 def summarise(td: TensorDictBase) -> dict[str, float]:
+    """`measures` as numbers."""
+    return read(measures(td))
+
+
+def measures(td: TensorDictBase) -> dict[str, Tensor]:
     """Means over the valid anchors of a batch of what one watches; nothing of a batch without rollouts."""
     if not has_rollouts(td):
         return {}
@@ -45,7 +50,7 @@ def summarise(td: TensorDictBase) -> dict[str, float]:
     if rollouts > 1 and features is not None and features.ndim == 5:
         summary |= horizon_profile(td)
     own = td.get("metrics", None)
-    return read(summary | ({} if own is None else {name: value[valid].mean() for name, value in own.items()}))
+    return summary | ({} if own is None else {name: value[valid].mean() for name, value in own.items()})
 
 
 def horizon_profile(td: TensorDictBase) -> dict[str, Tensor]:

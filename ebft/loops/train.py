@@ -16,9 +16,9 @@ from ebft.distributed import sum_gradients
 from ebft.errors import UsageError
 from ebft.loops.average import Average
 from ebft.loops.clock import Clock
-from ebft.loops.numbers import of_update, own_parts, part_shares
+from ebft.loops.numbers import of_update, own_parts, part_shares, read
 from ebft.loops.scoring import correct_mismatch, has_rollouts, mismatch, score
-from ebft.loops.summary import squared_norm, summarise
+from ebft.loops.summary import measures, squared_norm
 from ebft.objectives.counts import totals
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
@@ -179,15 +179,18 @@ def train(
         if controller is not None:
             controller.update(first["kl"])
 
+        found = {called(name, label): value for label, td in drawn.items() for name, value in measures(td).items()}
+        summary = read(found | {"tokens": torch.stack([_tokens(td) for td in drawn.values()]).sum()})
+        tokens, times = summary.pop("tokens"), clock.times()
         yield {
             "step": step + 1,
             "loss": sum(value for name, value in first.items() if name.startswith("loss_")),
-            **{called(name, label): value for label, td in drawn.items() for name, value in summarise(td).items()},
+            **summary,
             **first,
             **({"kl_coefficient": loss.kl_coefficient} if loss.kl_coefficient else {}),
             "learning_rate": rate,
-            "tokens_per_second": sum(map(_tokens, drawn.values())) / clock.total(),
-            **clock.times(),
+            "tokens_per_second": tokens / times["time_step"],
+            **times,
         }
 
 
@@ -252,8 +255,9 @@ def at_step(td: TensorDictBase, *, seed: int, step: int) -> TensorDictBase:
     return td.set(schema.SEED, torch.full((len(td),), mixed, dtype=torch.int64, device=td[schema.TOKENS].device))
 
 
-def _tokens(td: TensorDictBase) -> int:
-    return int(td[schema.MASK].sum()) + (int(td[schema.ROLLOUT_MASK].sum()) if has_rollouts(td) else 0)
+def _tokens(td: TensorDictBase) -> Tensor:
+    own = td[schema.MASK].sum()
+    return own + td[schema.ROLLOUT_MASK].sum() if has_rollouts(td) else own
 
 
 def _means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,196 @@
+"""The sampler that asks a vLLM server, against a small server that speaks its protocol and holds a tiny model."""
+
+import json
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ebft.errors import UsageError
+from ebft.policy import CausalPolicy
+from ebft.samplers import full
+from ebft.samplers.vllm import Server, put_weights, sample
+from tests.models import tiny
+
+EOS = 1
+
+
+class Fake(ThreadingHTTPServer):
+    """Draws greedily or with the request's seed, one plain forward pass a token, from the model of `load`."""
+
+    def __init__(self, load):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.load, self.model, self.seen, self.cache, self.broken = load, load(), [], {}, None
+        self.lock = threading.Lock()
+
+    def complete(self, body):
+        with self.lock:
+            key = tuple(body["prompt"])
+            # as a prefix cache does it: what was computed once is taken for granted
+            start = self.cache.setdefault(key, self.log_probs(list(key)))
+            generator, drawn = torch.Generator().manual_seed(body["seed"]), []
+            while len(drawn) < body["max_tokens"] and drawn[-1:] != body["stop_token_ids"]:
+                log_probs = self.log_probs([*key, *drawn]) if drawn else start
+                probs = (log_probs / max(body["temperature"], 1e-4)).softmax(-1)
+                drawn.append(int(torch.multinomial(probs, 1, generator=generator)))
+            return {"choices": [{"token_ids": drawn, "finish_reason": "stop" if drawn[-1] == EOS else "length"}]}
+
+    @torch.no_grad()
+    def log_probs(self, ids):
+        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, body))
+        found = None
+        if self.server.broken is not None:
+            status, found = self.server.broken
+        else:
+            status = 200
+            if self.path == "/v1/completions":
+                found = self.server.complete(body)
+            elif self.path == "/collective_rpc":
+                assert body == {"method": "reload_weights"}
+                self.server.model = self.server.load()
+            elif self.path == "/reset_prefix_cache":
+                self.server.cache.clear()
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"" if found is None else json.dumps(found).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def policy():
+    return CausalPolicy(tiny("llama"))
+
+
+@pytest.fixture
+def fake(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "served")
+    made = Fake(partial(AutoModelForCausalLM.from_pretrained, tmp_path / "served"))
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made, Server(f"http://127.0.0.1:{made.server_port}/", str(tmp_path / "served"), connections=4)
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def batch():
+    tokens = torch.arange(30).view(2, 15) % 27 + 2
+    anchors, real = torch.tensor([[4, 9], [7, 1]]), torch.tensor([[True, True], [True, False]])
+    return tokens, tokens >= 0, anchors, real
+
+
+OPTIONS = {"rollouts": 3, "horizon": 5, "seed": 7, "eos": EOS}
+
+
+def test_it_keeps_the_contract_of_samplers(fake, policy):
+    made, server = fake
+    tokens, mask, anchors, real = batch()
+    documents = torch.tensor([[0] * 6 + [1] * 9] * 2)
+    drawn, log_prob, alive = sample(server, policy, *batch(), **OPTIONS, temperature=0.8, document_ids=documents)
+    assert drawn.shape == log_prob.shape == alive.shape == (2, 2, 3, 5)
+    assert (drawn.dtype, log_prob.dtype, alive.dtype) == (torch.int64, torch.float32, torch.bool)
+    assert not alive[1, 1].any()
+    assert (drawn[~alive] == 0).all()
+    assert (log_prob[~alive] == 0).all()
+    for row, own in zip(drawn[real].flatten(0, 1), alive[real].flatten(0, 1), strict=True):
+        count = int(own.sum())
+        assert own[:count].all()
+        assert not own[count:].any()
+        assert count == 5 or row[count - 1] == EOS  # which counts
+    wanted = policy.score(tokens, mask, anchors, real, drawn, alive, temperature=0.8, document_ids=documents)[0]
+    torch.testing.assert_close(log_prob, wanted)
+    prompts = {tuple(body["prompt"]) for _, body in made.seen}
+    contexts = [tokens[0, :4], tokens[0, 6:9], tokens[1, 6:7]]  # inside their documents
+    assert prompts == {tuple(context.tolist()) for context in contexts}
+    body = made.seen[0][1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 1.0, 5)
+    assert body["return_token_ids"] is True
+    assert (body["stop_token_ids"], body["ignore_eos"]) == ([EOS], False)
+    assert "top_k" not in body
+
+
+def test_greedy_it_draws_what_the_policy_draws(fake, policy):
+    _, server = fake
+    ours = policy.sample(*batch(), **OPTIONS, temperature=0.0)
+    theirs = sample(server, policy, *batch(), **OPTIONS, temperature=0.0)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[2], theirs[2])
+
+
+def test_what_is_drawn_depends_on_its_keys_alone(fake, policy):
+    made, server = fake
+    ids = torch.tensor([11, 12])
+    whole, *_ = sample(server, policy, *batch(), **OPTIONS, sequence_ids=ids)
+    row = [x[1:] for x in batch()]
+    assert torch.equal(sample(server, policy, *row, **OPTIONS, sequence_ids=ids[1:])[0], whole[1:])
+    other, *_ = sample(server, policy, *batch(), **{**OPTIONS, "seed": 8}, sequence_ids=ids)
+    assert not torch.equal(other, whole)
+    seeds = {body["seed"] for _, body in made.seen}
+    assert len(seeds) == 9 + 9  # of every rollout, the same for the row alone
+
+
+def test_whole_answers(fake, policy):
+    _, server = fake
+    tokens, mask, *_ = batch()
+    engine = partial(sample, server, policy)
+    drawn, _, alive = full.sample(
+        engine, tokens, mask, torch.tensor([5, 8]), rollouts=2, max_new_tokens=6, eos=EOS, seed=0
+    )
+    assert drawn.shape == (2, 1, 2, 6)
+    assert alive[..., 0].all()
+
+
+def test_new_weights_are_served_and_old_keys_forgotten(fake, policy, tmp_path):
+    made, server = fake
+    options = {**OPTIONS, "temperature": 0.0}
+    before, *_ = sample(server, policy, *batch(), **options)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.copy_(parameter.roll(1, 0))
+    changed, *_ = policy.sample(*batch(), **options)
+    assert not torch.equal(changed, before)
+    put_weights(server, policy, tmp_path / "served")
+    assert [path for path, _ in made.seen[-2:]] == ["/collective_rpc", "/reset_prefix_cache"]
+    assert torch.equal(sample(server, policy, *batch(), **options)[0], changed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, {"error": "no such model"}), r"refuses /v1/completions \(404\).*no such model"),
+        ((200, {"choices": [{"text": "hello", "finish_reason": "stop"}]}), "answered no token ids.*return_token_ids"),
+        ((200, {"choices": []}), "answered no token ids"),
+        ((200, {"choices": [{"token_ids": [3] * 6, "finish_reason": "length"}]}), "drew 6 tokens.*expected 1 to 5"),
+        ((200, {"choices": [{"token_ids": [3], "finish_reason": "abort"}]}), "ended with 'abort'"),
+    ],
+    ids=["refused", "text", "nothing", "too much", "aborted"],
+)
+def test_what_goes_wrong_is_said(fake, policy, answer, message):
+    made, server = fake
+    made.broken = answer
+    with pytest.raises(UsageError, match=message):
+        sample(server, policy, *batch(), **OPTIONS)
+
+
+def test_an_end_that_the_server_leaves_out_is_put_back(fake, policy):
+    made, server = fake
+    made.broken = 200, {"choices": [{"token_ids": [3], "finish_reason": "stop"}]}
+    drawn, _, alive = sample(server, policy, *batch(), **OPTIONS)
+    assert drawn[0, 0, 0].tolist() == [3, EOS, 0, 0, 0]
+    assert alive[0, 0, 0].tolist() == [True, True, False, False, False]
+
+
+def test_a_server_that_is_not_there_is_said(policy):
+    with pytest.raises(UsageError, match=r"http://127.0.0.1:9 does not answer.*vllm serve folder"):
+        sample(Server("http://127.0.0.1:9", "folder", timeout=2.0), policy, *batch(), **OPTIONS)
