@@ -187,6 +187,7 @@ def test_the_command_prints_a_plan(options):
     [
         ({}, 0, "--processes 0: expected a whole number >= 1"),
         ({"attention": "dense"}, 1, "--attention dense: its memory is not planned for"),
+        ({"method": "mixed"}, 1, "--method mixed: whole answers are not planned for"),
         ({"sampler": "independent"}, 1, "--sampler independent: only strided and random"),
         ({"policy": "nowhere/at-all"}, 1, "policy 'nowhere/at-all': its configuration could not be loaded"),
         ({"horizon": 99}, 1, "--horizon 99 does not fit"),

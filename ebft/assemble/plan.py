@@ -39,6 +39,8 @@ def plan_from_options(options: Mapping[str, Any], *, processes: int, console: Co
     resolved, settled = resolve_run(options), settle(options)
     if settled["attention"] in ("dense", "rows"):
         raise UsageError(f"--attention {settled['attention']}: its memory is not planned for; chunked and flex are")
+    if settled["method"] not in ("ebft", "sft"):
+        raise UsageError(f"--method {settled['method']}: whole answers are not planned for; ebft and sft are")
     if settled["sampler"] not in ("strided", "random"):
         raise UsageError(f"--sampler {settled['sampler']}: only strided and random are planned for")
     device = choose_device(settled["device"])
