@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from ebft import cli
 from ebft.assemble.ablate import check_cell
 from ebft.assemble.rows import read_data
-from ebft.assemble.study_arms import TASKS, Task, answers_prompts, arm_options, shared_options
+from ebft.assemble.study_arms import TASKS, Task, answers_prompts, arm_options, find_verifier, shared_options
 from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
 from ebft.commands.derived import run_defaults
 from ebft.data.split import unit_hash
 from ebft.errors import UsageError
-from ebft.loops.ablation.intervals import p_value
+from ebft.loops.ablation.intervals import Interval, p_value
 from ebft.loops.ablation.study import time_left
 from ebft.loops.ablation.tables import with_error
 from ebft.loops.evaluation.quantities import Quantity
@@ -30,6 +30,8 @@ from ebft.loops.evaluation.result import mean_differences, paired_differences
 from ebft.loops.interrupt import stop_after
 from ebft.loops.study.arms import ARMS
 from ebft.loops.study.choice import choose
+from ebft.loops.study.differences import Difference
+from ebft.loops.study.measured import Column
 from tests.runs import write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,7 +279,7 @@ def test_a_study_that_was_killed_ends_as_one_that_was_not(tiny_folder, tiny_text
     argv = command(tiny_text, tiny_folder, tmp_path / "killed", **options)
     process = subprocess.Popen([sys.executable, "cli.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
     cell = tmp_path / "killed/runs/ebft/lr-0.01/seed-0"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (cell / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -334,6 +336,18 @@ def test_the_mean_of_paired_differences():
     both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200, method="percentile")
     for end in ("value", "low", "high", "standard_error"):
         assert both[end] == pytest.approx(same[end], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("half_width", "low", "high", "decided"),
+    [(1, 0.5, 3, True), (3, 0.5, 3, False), (1, -0.5, 3, False), (math.nan, 0.5, 3, False), (1, math.nan, 3, False)],
+)
+def test_a_difference_is_decided_by_seeds_and_texts(half_width, low, high, decided):
+    column = Column("pass@1", Quantity("pass_at_k", at=1), "prompts", "higher")
+    one = Difference("ebft", "sft", column, Interval(2.0, half_width, 3), 0.01, low, high)
+    other = Difference("ebft", "sft", column, Interval(-2.0, half_width, 3), 0.01, -high, -low)
+    assert one.decided is other.decided is decided
+    assert (one.better, other.better) == (True, False)
 
 
 def test_p_values_in_closed_form():
@@ -393,6 +407,30 @@ def test_mistakes_leave_nothing(tiny_folder, tiny_text, tmp_path, changes, messa
     assert isinstance(result.exception, UsageError), result.output
     assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rlvr_takes_part_where_answers_can_be_verified(tiny_folder, tmp_path):
+    path = write_problems(tmp_path / "tests.jsonl")
+    lines = [{**json.loads(line), "tests": []} for line in path.read_text().splitlines()]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    budget = read_budget("small", "mine.jsonl")
+
+    def found(source, task=None, **flags):
+        return find_verifier(
+            budget, read_data(run_defaults() | {"data": str(source)}), task=task or Task(str(source)), flags=flags
+        )
+
+    assert found(path) == "unit_tests"
+    assert found(plain) is None
+    assert found(plain, verifier="chrf") == found(path, verifier="chrf") == "chrf"
+    assert found(plain, TASKS["translation"]) == "bleu"
+    assert "rlvr" not in settle_settings(budget, {}, where="small").arms
+    changes = {"arms": "rlvr", "length": 40, "first": 1, "stride": 3}
+    result = invoke(command(plain, tiny_folder, tmp_path / "out", **changes))
+    assert isinstance(result.exception, UsageError), result.output
+    assert "--arms rlvr: there is nothing to verify answers with" in str(result.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_that_is_not_there(tiny_folder, tmp_path):
