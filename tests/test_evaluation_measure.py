@@ -18,7 +18,7 @@ from ebft.loops.evaluation.prompts import COMPILES, EXACT, PASS, answer_totals, 
 from ebft.loops.evaluation.quantities import Quantity, concatenate, derived
 from ebft.loops.evaluation.result import csv_bytes, look_up, paired_differences, read_totals, summarise
 from ebft.loops.evaluation.rollouts import measure_rollouts, repeated
-from ebft.loops.train import at_step
+from ebft.loops.stages import at_step
 from ebft.policy import CausalPolicy
 from ebft.samplers import anchors
 from ebft.samplers.component import sampler

@@ -9,7 +9,8 @@ import torch
 from ebft import schema
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
-from ebft.loops.train import at_step, score
+from ebft.loops.scoring import score
+from ebft.loops.stages import at_step
 from ebft.objectives import exact_kl
 from ebft.objectives.kl import EXACT
 from ebft.objectives.losses import EBFTLoss

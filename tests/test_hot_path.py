@@ -12,7 +12,9 @@ from ebft import schema
 from ebft.assemble import build_pipeline, resolve_run, settle
 from ebft.loading import add_adapters, load_causal_lm
 from ebft.loops.clock import Clock
-from ebft.loops.train import at_step, score, train
+from ebft.loops.scoring import score
+from ebft.loops.stages import at_step
+from ebft.loops.train import train
 from ebft.objectives import EBFTLoss
 from ebft.policy import CausalPolicy
 from tests.runs import parts

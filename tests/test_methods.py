@@ -12,8 +12,9 @@ from ebft import schema
 from ebft.assemble import build_loss, resolve_run, settle
 from ebft.data import batches
 from ebft.errors import UsageError
-from ebft.loops.scoring import token_log_prob
-from ebft.loops.train import at_step, score, train
+from ebft.loops.scoring import score, token_log_prob
+from ebft.loops.stages import at_step
+from ebft.loops.train import train
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.policy_gradient import cispo, clipped, reinforce, sequence_clipped
 from ebft.policy import CausalPolicy

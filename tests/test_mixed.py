@@ -13,7 +13,10 @@ from ebft.assemble.rows import pack_data, read_data
 from ebft.commands.derived import run_defaults
 from ebft.data import batches
 from ebft.errors import UsageError
-from ebft.loops.train import at_step, called, score, train
+from ebft.loops.objective import called
+from ebft.loops.scoring import score
+from ebft.loops.stages import at_step
+from ebft.loops.train import train
 from ebft.policy import CausalPolicy
 from tests.runs import go, metrics
 

@@ -10,8 +10,8 @@ from ebft import schema
 from ebft.loops.evaluate import concatenate, evaluate, mean
 from ebft.loops.held_out import Held, profile_of
 from ebft.loops.report_profile import check_profile
+from ebft.loops.stages import at_step
 from ebft.loops.summary import horizon_profile
-from ebft.loops.train import at_step
 from tests.runs import go, parts
 
 

@@ -9,7 +9,8 @@ from ebft import schema
 from ebft.assemble import resolve_run, settle
 from ebft.assemble.reward import build_reward, decoder
 from ebft.data import Example, prompt_rows
-from ebft.loops.train import at_step, score
+from ebft.loops.scoring import score
+from ebft.loops.stages import at_step
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.verifiers import exact_match, verifier
 from ebft.policy import CausalPolicy

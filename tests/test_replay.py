@@ -20,7 +20,7 @@ from ebft.features.contract import as_module
 from ebft.loops.ablation.replay import correlations, measure, rollout_weights, sequence_gradients, token_agreement
 from ebft.loops.ablation.rollouts import load_rollouts
 from ebft.loops.ablation.sketch import SKETCH, Projection, score_sketches
-from ebft.loops.train import score
+from ebft.loops.scoring import score
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 from tests.runs import go, metrics

@@ -14,7 +14,8 @@ from ebft.cli import app
 from ebft.commands.derived import run_defaults
 from ebft.data import batches
 from ebft.errors import UsageError
-from ebft.loops.train import at_step, train
+from ebft.loops.stages import at_step
+from ebft.loops.train import train
 from ebft.policy import CausalPolicy
 from ebft.samplers.stop import cut_mask, cut_text, stopping
 from tests.models import plain_logits

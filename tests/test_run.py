@@ -18,7 +18,8 @@ from ebft.loops import run as run_module
 from ebft.loops.evaluate import METRICS, concatenate, evaluate, mean, paired_difference
 from ebft.loops.interrupt import Interrupted
 from ebft.loops.samples import SAMPLED_PREFIXES
-from ebft.loops.train import NonFiniteLoss, at_step, train
+from ebft.loops.stages import at_step
+from ebft.loops.train import NonFiniteLoss, train
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
 from tests.models import independent_score, plain_logits

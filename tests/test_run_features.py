@@ -11,7 +11,7 @@ from ebft.assemble import build_values
 from ebft.components import GROUPS, choose, resolve_options
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening, whiten
-from ebft.loops.train import at_step
+from ebft.loops.stages import at_step
 from ebft.objectives.moments import moment_values
 from ebft.objectives.scores import rollout_scores, token_scores
 from tests.runs import go, metrics, parts

@@ -11,7 +11,9 @@ from ebft import schema
 from ebft.assemble import build_loss, resolve_run, settle
 from ebft.data import batches
 from ebft.errors import UsageError
-from ebft.loops.train import at_step, correct_mismatch, mismatch, score, train
+from ebft.loops.scoring import correct_mismatch, mismatch, score
+from ebft.loops.stages import at_step
+from ebft.loops.train import train
 from ebft.objectives.counts import totals
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.policy_gradient import clipped

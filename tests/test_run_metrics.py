@@ -6,8 +6,10 @@ import torch
 from ebft import schema
 from ebft.errors import UsageError
 from ebft.loops.numbers import part_shares
+from ebft.loops.scoring import score
+from ebft.loops.stages import at_step
 from ebft.loops.summary import squared_norm, summarise
-from ebft.loops.train import at_step, score, train
+from ebft.loops.train import train
 from ebft.objectives import feature_matching_profile, feature_matching_proxy, moment_values
 from ebft.objectives.counts import totals
 from ebft.objectives.diagnostics import signal_to_noise_of_sums

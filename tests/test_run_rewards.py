@@ -11,7 +11,7 @@ from ebft.assemble import build_reward, settle
 from ebft.assemble.reward import decoder
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.errors import UsageError
-from ebft.loops.train import at_step
+from ebft.loops.stages import at_step
 from ebft.objectives.energy import LinearEnergy
 from ebft.objectives.energy_reward import energy_reward, load_energy, save_energy
 from ebft.objectives.verifiers import chrf, reward_advantage

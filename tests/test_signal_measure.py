@@ -12,11 +12,12 @@ from tensordict import TensorDict
 from ebft import schema
 from ebft.errors import UsageError
 from ebft.features import as_module, from_token_function
+from ebft.loops.scoring import score
 from ebft.loops.signal.measure import chosen_parameters, measure, token_weights
 from ebft.loops.signal.plan import CROSS_ENTROPY, Configuration, Embedding, Plan, Sampling, token_forwards
 from ebft.loops.signal.statistics import jackknife, signal_to_noise, signal_to_noise_within
 from ebft.loops.signal.store import GradientStore
-from ebft.loops.train import at_step, score
+from ebft.loops.stages import at_step
 from ebft.objectives.baselines import advantage
 from ebft.objectives.component import objective
 from ebft.objectives.counts import totals

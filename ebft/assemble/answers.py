@@ -11,7 +11,7 @@ from ebft.assemble.loss import build_loss, build_schedules
 from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.rows import Data, check_batch, spread_rows, whole_rows, with_tests
 from ebft.components.methods import FURTHER
-from ebft.loops.train import Objective
+from ebft.loops.objective import Objective
 from ebft.policy import CausalPolicy
 
 ANSWERS = "answers"  # in the names of metrics, and the group of its resolved options

@@ -31,7 +31,7 @@ from ebft.loops.signal.components import allocation, allocation_markdown, halves
 from ebft.loops.signal.measure import chosen_parameters
 from ebft.loops.signal.plan import CROSS_ENTROPY, Configuration, Embedding, Plan, Sampling
 from ebft.loops.signal.run import run_signal
-from ebft.loops.train import Stage
+from ebft.loops.stages import Stage
 from ebft.objectives.scores import Values
 from ebft.objectives.stratified import stratified_objective
 from ebft.policy import CausalPolicy

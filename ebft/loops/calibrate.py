@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from tensordict import TensorDictBase
 
 from ebft.data.packing import batches
-from ebft.loops.train import Stage, at_step
+from ebft.loops.stages import Stage, at_step
 from ebft.policy import CausalPolicy
 
 _BEFORE_TRAINING = -10  # steps from here downwards are of calibration: training has 0, 1, ... and evaluation -1

@@ -14,8 +14,8 @@ from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
 from ebft.loops.evaluation.rollouts import at_horizon
 from ebft.loops.scoring import score
+from ebft.loops.stages import Stage, at_step
 from ebft.loops.summary import whole_features
-from ebft.loops.train import Stage, at_step
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts

@@ -17,8 +17,9 @@ from ebft.files import write_json
 from ebft.loops.display import Display
 from ebft.loops.evaluate import concatenate, evaluate, mean, paired_difference
 from ebft.loops.interrupt import Interrupted
+from ebft.loops.objective import Objective, called
 from ebft.loops.samples import take_samples
-from ebft.loops.train import Objective, Stage, called
+from ebft.loops.stages import Stage
 from ebft.policy import CausalPolicy
 
 Sums = dict[str, tuple[Tensor, Tensor]]

@@ -21,8 +21,10 @@ from ebft.loops.held_out import PROFILE, Held, before_and_after, load_before, me
 from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.loggers import close_logger, log_result, log_step
+from ebft.loops.objective import Objective
 from ebft.loops.report import write_report, write_samples
-from ebft.loops.train import NonFiniteLoss, Objective, Stage, train
+from ebft.loops.stages import Stage
+from ebft.loops.train import NonFiniteLoss, train
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy

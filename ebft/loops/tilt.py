@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebft import schema
 from ebft.loops.evaluate import paired_difference
-from ebft.loops.train import Stage, at_step
+from ebft.loops.stages import Stage, at_step
 from ebft.objectives.energy import LinearEnergy, Tilt, effective_sample_size, fit_tilt, tilt_log_weights
 
 METHODS = ("plain", "resampled", "best")

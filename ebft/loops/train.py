@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDictBase
@@ -16,28 +15,15 @@ from ebft.distributed import sum_gradients
 from ebft.errors import UsageError
 from ebft.loops.average import Average
 from ebft.loops.clock import Clock
-from ebft.loops.numbers import of_update, own_parts, part_shares, read
+from ebft.loops.numbers import of_update, part_shares, read
+from ebft.loops.objective import Objective, called, check_minibatches, minibatch_parts, set_weights, term_names
 from ebft.loops.scoring import correct_mismatch, has_rollouts, mismatch, score
+from ebft.loops.stages import Stage, at_step
 from ebft.loops.summary import measures, squared_norm
-from ebft.objectives.counts import totals
 from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.schedules import Schedule
 from ebft.policy import CausalPolicy
-
-Stage = Callable[[TensorDictBase], TensorDictBase]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a step descends besides: rows of its own, the stages they go through, and a loss with its schedules."""
-
-    pipeline: Mapping[str, Stage]
-    loss: EBFTLoss
-    data: TensorDictBase
-    batch_size: int
-    schedules: Mapping[str, Schedule] = field(default_factory=dict)
-    held_out: TensorDictBase | None = None
 
 
 class NonFiniteLoss(UsageError):
@@ -192,67 +178,6 @@ def train(
             "tokens_per_second": tokens / times["time_step"],
             **times,
         }
-
-
-def called(name: str, label: str) -> str:
-    """The name of a metric of the objective `label`: `loss_kl` is `loss_answers_kl`, `reward` is `answers_reward`."""
-    if not label:
-        return name
-    start, rest = ("loss_", name.removeprefix("loss_")) if name.startswith("loss_") else ("", name)
-    return f"{start}{label}_{rest.removeprefix('answer_').removeprefix('answers_')}"
-
-
-def term_names(
-    objectives: Mapping[str, Objective], drawn: Mapping[str, TensorDictBase], *, mismatches: bool
-) -> list[str]:
-    """What is added up over the parts of a batch: the losses' own values, and with `mismatches` that of the sampler."""
-    return [
-        called(name, label)
-        for label, objective in objectives.items()
-        for name in ["sampler_mismatch"] * (mismatches and has_rollouts(drawn[label])) + objective.loss.out_keys
-    ]
-
-
-def minibatch_parts(
-    objectives: Mapping[str, Objective], drawn: Mapping[str, TensorDictBase], count: int, micro_batch: int | None
-) -> list[list[tuple[str, TensorDictBase]]]:
-    """The parts that are scored at once, minibatch by minibatch, each with the name of its objective."""
-    found: list[list[tuple[str, TensorDictBase]]] = [[] for _ in range(count)]
-    for label, objective in objectives.items():
-        rows = objective.batch_size // count
-        for place, part in enumerate(drawn[label].split(rows)):
-            own = own_parts(counted(part, objective.loss), micro_batch or rows)
-            found[place] += [(label, micro) for micro in own]
-    return found
-
-
-def check_minibatches(batch_size: int, minibatches: int, *, truncation: float | None = None) -> None:
-    """Check that a batch splits into `minibatches`, and that no weight is wanted that the first of them would spoil."""
-    if batch_size % minibatches:
-        raise UsageError(f"minibatches {minibatches}: a batch of {batch_size} does not split into so many equal parts")
-    if minibatches > 1 and truncation is not None:
-        raise UsageError(f"truncation {truncation} wants log-probs from before the first update: use 1 minibatch")
-
-
-def counted(td: TensorDictBase, loss: EBFTLoss) -> TensorDictBase:
-    """With the counts that the loss of its parts is divided by."""
-    return td.update(totals(td, cross_entropy_tokens=loss.cross_entropy_tokens))
-
-
-def set_weights(
-    loss: EBFTLoss, step: int, *, schedules: Mapping[str, Schedule], controller: KLController | None
-) -> None:
-    """Give the loss the weights of this step."""
-    for name, value in schedules.items():
-        setattr(loss, name, value(step))
-    if controller is not None:
-        loss.kl_coefficient = controller.coefficient
-
-
-def at_step(td: TensorDictBase, *, seed: int, step: int) -> TensorDictBase:
-    """The batch with the seed of this step, which together with the sequence ids keys its random numbers."""
-    mixed = hash((seed, step)) & (2**62 - 1)
-    return td.set(schema.SEED, torch.full((len(td),), mixed, dtype=torch.int64, device=td[schema.TOKENS].device))
 
 
 def _tokens(td: TensorDictBase) -> Tensor:

@@ -14,7 +14,8 @@ from ebft import schema
 from ebft.errors import UsageError
 from ebft.files import write_folder_atomically, write_json
 from ebft.loops.ablation.sketch import SKETCH, Projection, score_sketches
-from ebft.loops.train import Stage, at_step, score
+from ebft.loops.scoring import score
+from ebft.loops.stages import Stage, at_step
 from ebft.policy import CausalPolicy
 
 KIND = "ebft rollouts"

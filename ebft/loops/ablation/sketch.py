@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebft import schema
 from ebft.errors import UsageError
-from ebft.loops.train import score
+from ebft.loops.scoring import score
 from ebft.policy import CausalPolicy
 
 SKETCH = ("rollout", "sketch")  # [B,K,N,S] float32

@@ -15,7 +15,7 @@ from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, pass_at_k
 from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.rollouts import EVALUATION_STEP
-from ebft.loops.train import at_step
+from ebft.loops.stages import at_step
 from ebft.objectives.programs import compiles, programs
 from ebft.objectives.verifiers import bleu, chrf, exact_match, unit_tests
 from ebft.samplers import full

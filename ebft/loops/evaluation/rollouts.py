@@ -13,8 +13,8 @@ from ebft.features.contract import FeatureMap, as_module
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.quantities import Quantity, Totals, per_unit
 from ebft.loops.scoring import score
+from ebft.loops.stages import Stage, at_step
 from ebft.loops.summary import whole_features
-from ebft.loops.train import Stage, at_step
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.moments import (
     alignment_part,

@@ -16,7 +16,7 @@ from ebft.loops.evaluation.prompts import measure_answers
 from ebft.loops.evaluation.quantities import GREEDY, Totals, concatenate
 from ebft.loops.evaluation.rollouts import measure_rollouts
 from ebft.loops.interrupt import Interrupted
-from ebft.loops.train import Stage
+from ebft.loops.stages import Stage
 from ebft.policy import CausalPolicy
 from ebft.samplers.component import Engine
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ebft import schema
 from ebft.errors import UsageError
+from ebft.loops.scoring import score
 from ebft.loops.signal.plan import Configuration, Plan, restricted, token_forwards
-from ebft.loops.train import at_step, score
+from ebft.loops.stages import at_step
 from ebft.objectives.counts import rollout_mask
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.policy import CausalPolicy

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.loops.train import Stage
+from ebft.loops.stages import Stage
 
 CROSS_ENTROPY = "cross-entropy"
 
