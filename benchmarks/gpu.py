@@ -12,8 +12,8 @@ Models have the shapes of those names and random weights: speed does not ask wha
     reference   the authors' algorithm: N copies of the row, a full forward pass for every token
 
 Every piece of a model runs in a process of its own and is saved when it is done; those that OUT holds from the same
-machine and sizes are not run again. No piece is begun after --minutes, so that a session with a limit gets something
-whole: start it again for the rest. With `--device cpu --model tiny` everything runs in seconds.
+machine and sizes are not run again. No piece is begun after --minutes, so that a machine lent for a while
+gives something whole: start it again for the rest. With `--device cpu --model tiny` everything runs in seconds.
 """
 
 from __future__ import annotations

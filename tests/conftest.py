@@ -1,5 +1,11 @@
 """What the tests of whole runs share: a tiny model in a Hugging Face folder, and a folder of text for it."""
 
+import os
+
+# The processes of pytest-xdist share the cores: torch, imported below, reads this once.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import pytest
 
 from tests.runs import tiny_options, write_tiny_model, write_tiny_text
