@@ -1,6 +1,7 @@
 """What the tests of whole runs share: a tiny model in a Hugging Face folder, and a folder of text for it."""
 
 import os
+import signal
 
 # The processes of pytest-xdist share the cores: torch, imported below, reads this once.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -16,6 +17,12 @@ def _no_network(monkeypatch):
     """A name that is no local folder fails at once, here as on a machine without a network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for subprocesses; this one read it when it started
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """Ctrl-C reaches the tests of it, also where a shell started them in the background and ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

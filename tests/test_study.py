@@ -306,11 +306,14 @@ def test_a_candidate_that_diverges_is_no_candidate_and_the_rest_goes_on(tiny_fol
     assert "* SFT, seed 0, lr 1e+20:" in (out / "table.md").read_text()
 
 
-def test_a_timer_stops_as_ctrl_c_does():
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_timer_stops_as_ctrl_c_does(handler):
+    before = signal.signal(signal.SIGINT, handler)
     with pytest.raises(KeyboardInterrupt), stop_after(0.001):
         time.sleep(20)
     with stop_after(0.001 / 60 * 1e6):
         pass  # over before it is due
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_time_left_knows_what_takes_long():
