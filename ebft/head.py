@@ -161,7 +161,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 # Every chunk adds a whole [V,H] to the weight's gradient, so in backward its chunks are larger.
-_ROWS_OF_A_WEIGHT_GRADIENT = 512
+ROWS_OF_A_WEIGHT_GRADIENT = 512
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -192,7 +192,7 @@ class _TrainedHead(torch.autograd.Function):
         gradient, on_entropy = gradient / ctx.temperature, on_entropy / ctx.temperature
         on_hidden = torch.empty_like(hidden)
         on_weight = torch.zeros_like(weight, dtype=compute)
-        rows = max(ctx.rows, _ROWS_OF_A_WEIGHT_GRADIENT)
+        rows = max(ctx.rows, ROWS_OF_A_WEIGHT_GRADIENT)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             states = hidden[part].to(weight.dtype)

@@ -82,6 +82,18 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(resolve(name))
 
 
+def model_source(name: str) -> str:
+    """Where transformers finds a model by name: the folder of an embedded one, a folder, or a hub id as it is.
+
+    Raises:
+        UsageError: a folder without a model.
+    """
+    source = resolve(name)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json). {_EXPECTED}")
+    return source
+
+
 def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Model and tokenizer of an embedded name, a folder or a hub id.
 
@@ -90,9 +102,7 @@ def load_causal_lm(name: str, *, weights: torch.dtype, device: torch.device) -> 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve(name)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json). {_EXPECTED}")
+    source = model_source(name)
     with _clear_errors(name, "as a causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights)

@@ -29,6 +29,8 @@ from ebft.taps import layer_outputs, recomputed
 # Kernels of a policy: those of a comb, and one plain forward pass per rollout.
 KERNELS = (*attention.KERNELS, "rows")
 
+HEAD_ROWS = 128  # of the head that are computed at once, unless a policy is told otherwise
+
 
 class CausalPolicy:
     """Any transformers causal LM, driven over nested prefixes.
@@ -61,7 +63,7 @@ class CausalPolicy:
         autocast: torch.dtype | None = None,
         kernel: str | None = None,
         checkpointing: bool = False,
-        head_rows: int = 128,
+        head_rows: int = HEAD_ROWS,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.autocast, self.checkpointing, self.head_rows = autocast, checkpointing, head_rows

@@ -131,7 +131,7 @@ class LargestOverTheVocabulary(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
     size = 61
-    monkeypatch.setattr("ebft.head._ROWS_OF_A_WEIGHT_GRADIENT", 1)
+    monkeypatch.setattr("ebft.head.ROWS_OF_A_WEIGHT_GRADIENT", 1)
     policy = CausalPolicy(tiny(name, vocab_size=size, hidden_size=16), head_rows=18)
     tokens, mask, anchors, anchor_mask, *_ = comb()
     with LargestOverTheVocabulary(size) as largest:

@@ -313,7 +313,7 @@ def test_a_timer_stops_as_ctrl_c_does(handler):
         time.sleep(20)
     with stop_after(0.001 / 60 * 1e6):
         pass  # over before it is due
-    signal.signal(signal.SIGINT, before)
+    assert signal.signal(signal.SIGINT, before) is handler
 
 
 def test_the_time_left_knows_what_takes_long():

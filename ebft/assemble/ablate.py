@@ -21,7 +21,7 @@ from ebft.errors import UsageError
 from ebft.files import write_atomically, write_json
 from ebft.loops.ablation.plots import draw_axes
 from ebft.loops.ablation.results import Cell, Results, read_rows, write_rows
-from ebft.loops.ablation.study import Run, run_study, state
+from ebft.loops.ablation.study import Run, run_study, say_failures, state
 from ebft.loops.ablation.tables import compare, study_markdown, study_table
 from ebft.loops.run import open_folder
 
@@ -159,13 +159,7 @@ def write_study(results: Results, out: Path, console: Console) -> None:
         **dict.fromkeys(plots, "a panel for every metric"),
     }.items():
         console.print(f"{path}  {meaning}", soft_wrap=True, highlight=False)
-    if results.failures:
-        console.print(
-            f"[red]{len(results.failures)} runs failed[/red], see {out / 'failures.json'}; the same command tries them"
-            " again",
-            soft_wrap=True,
-            highlight=False,
-        )
+    say_failures(results.failures, of="runs", out=out, console=console)
 
 
 def _run(cell: Cell, seed: int, out: Path) -> Run:

@@ -53,7 +53,7 @@ _AT_LEAST = {
         ),
         0,
     ),
-    **dict.fromkeys(("eval_every", "answer_weight"), 0),
+    "eval_every": 0,
     **dict.fromkeys(("length", "held_out"), 2),
     **dict.fromkeys(("save_every", "keep", "updates", "minibatches"), 1),
     **dict.fromkeys(("max_grad_norm", "momentum", "weight_decay", "eps", "ema"), 0),

@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from ebft.errors import UsageError
 _PRESETS = files("ebft") / "presets"
 
 
+def yaml_names(folder: Traversable) -> list[str]:
+    """The YAML files of a folder of the package, without their ending."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
 def preset_names() -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+    return yaml_names(_PRESETS)
 
 
 def read_preset(name: str) -> dict[str, Any]:

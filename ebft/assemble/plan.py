@@ -14,18 +14,17 @@ from transformers import AutoConfig
 from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.optimizer import build_optimizer
 from ebft.assemble.policy import policy_folder
-from ebft.assets import resolve
 from ebft.components.features import parse_layers
 from ebft.errors import UsageError
 from ebft.features.hidden import layer_numbers
-from ebft.loading import choose_device, choose_precision
+from ebft.loading import choose_device, choose_precision, model_source
+from ebft.loops.held_out import HELD_OUT_ROWS
 from ebft.planning.memory import Kind, Work
 from ebft.planning.plan import Plan, Step, predict
 from ebft.planning.speed import Device
 from ebft.samplers.anchors import strided
 
 _GIB = 2**30
-_HELD_OUT_ROWS = 8  # that a held-out measurement takes at once, see `ebft.loops.run`
 
 
 def plan_from_options(options: Mapping[str, Any], *, processes: int, console: Console) -> Plan:
@@ -61,9 +60,7 @@ def plan_from_options(options: Mapping[str, Any], *, processes: int, console: Co
 
 
 def _config(name: str) -> Any:
-    source = resolve(policy_folder(name))
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UsageError(f"policy {name!r} is a folder that holds no model (no config.json)")
+    source = model_source(policy_folder(name))
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -94,7 +91,7 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         layers = layer_numbers(parse_layers(resolved["features"]["layers"]), text.num_hidden_layers)
     return Step(
         sampled=work(share),
-        measured=work(min(options["held_out"], -(-_HELD_OUT_ROWS // processes))),
+        measured=work(min(options["held_out"], -(-HELD_OUT_ROWS // processes))),
         scored=work(at_once),
         parts=options["minibatches"] * -(-of_update // at_once),
         updates=options["updates"],

@@ -150,7 +150,7 @@ def run_from_options(
     if other := version_changes(stored.get("versions", {})):
         console.print(f"other versions than at the start, so numbers may differ in their last digits: {other}")
     whitenings = {name: v for name, v in values.items() if isinstance(v, PopulationWhitening)}
-    observers = [partial(observe_moments, whitening) for whitening in whitenings.values() if pipeline]
+    observers = [partial(observe_moments, whitening) for whitening in whitenings.values()]
     if whitenings:
         count = next(iter(whitenings.values())).calibration
         console.print(f"calibrating the whitening on {count} batches", highlight=False)
@@ -158,7 +158,7 @@ def run_from_options(
             policy,
             measuring,
             train_rows,
-            _each([partial(observe_moments, whitening) for whitening in whitenings.values()]),
+            _each(observers),
             count=count,
             batch_size=options["batch"],
             seed=options["seed"],
@@ -192,7 +192,7 @@ def run_from_options(
             "minibatches": options["minibatches"],
             "truncation": options["truncate_weights"],
             "schedules": build_schedules(options),
-            "observers": observers if any(whitening.running for whitening in whitenings.values()) else [],
+            "observers": observers if pipeline and any(each.running for each in whitenings.values()) else [],
         },
         measuring=measuring,
         further=further,

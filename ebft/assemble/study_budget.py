@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ebft.assemble.option_files import check_names, convert, read_option_file, read_preset
+from ebft.assemble.option_files import check_names, convert, read_option_file, read_preset, yaml_names
 from ebft.components.component import nearest
 from ebft.components.methods import METHODS
 from ebft.errors import UsageError
@@ -50,7 +50,7 @@ class Budget:
 
 
 def budget_names() -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in _BUDGETS.iterdir() if entry.name.endswith(".yaml"))
+    return yaml_names(_BUDGETS)
 
 
 def read_budget(name: str, task: str) -> Budget:

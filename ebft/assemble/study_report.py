@@ -14,6 +14,7 @@ from rich.console import Console
 from ebft.assemble.evaluation import bootstrap_options
 from ebft.files import write_atomically
 from ebft.loops.ablation.results import write_rows
+from ebft.loops.ablation.study import say_failures
 from ebft.loops.evaluation.show import print_grids
 from ebft.loops.study.arms import ARMS, BASE
 from ebft.loops.study.differences import Difference, all_differences
@@ -58,13 +59,7 @@ def write_whole(found: Found, config: Mapping[str, Any], out: Path, *, horizon: 
     print_grids(console, on_the_screen(found, columns, level=heading["level"]))
     for file, meaning in FILES.items():
         console.print(f"{out / file}  {meaning}", soft_wrap=True, highlight=False)
-    if found.failures:
-        console.print(
-            f"[red]{len(found.failures)} cells failed[/red], see {out / 'failures.json'}; the same command tries them"
-            " again",
-            soft_wrap=True,
-            highlight=False,
-        )
+    say_failures(found.failures, of="cells", out=out, console=console)
 
 
 def _columns(found: Found, horizon: int) -> list[Column]:

@@ -26,30 +26,31 @@ def with_run_options(*, only: Collection[str] | None = None) -> Callable[[Callab
 
 
 @cache
-def _command() -> Any:
+def _command(function: Callable[..., None]) -> Any:
     app = typer.Typer(add_completion=False)
-    app.command()(run)
+    app.command()(function)
     return typer.main.get_command(app)
+
+
+def _defaults(function: Callable[..., None]) -> dict[str, Any]:
+    return {p.name: p.default for p in _command(function).params if p.name not in NOT_OF_THE_RUN}
 
 
 def run_defaults() -> dict[str, Any]:
     """The options of `run` with their defaults, by parameter name."""
-    return {p.name: p.default for p in _command().params if p.name not in NOT_OF_THE_RUN}
+    return _defaults(run)
 
 
 def evaluate_defaults() -> dict[str, Any]:
     """The options of `evaluate` with their defaults, by parameter name."""
     from ebft.commands.evaluate import evaluate
 
-    app = typer.Typer(add_completion=False)
-    app.command()(evaluate)
-    parameters: Any = typer.main.get_command(app).params
-    return {p.name: p.default for p in parameters if p.name not in NOT_OF_THE_RUN}
+    return _defaults(evaluate)
 
 
 def options_under(*panels: str) -> set[str]:
     """The options of `run` that stand under these panels of its help."""
-    return {p.name for p in _command().params if p.rich_help_panel in panels and p.name not in NOT_OF_THE_RUN}
+    return {p.name for p in _command(run).params if p.rich_help_panel in panels and p.name not in NOT_OF_THE_RUN}
 
 
 def parse_option(name: str, text: str) -> Any:
@@ -58,13 +59,13 @@ def parse_option(name: str, text: str) -> Any:
     Raises:
         UsageError: the text is no such value.
     """
-    (parameter,) = (p for p in _command().params if p.name == name)
+    (parameter,) = (p for p in _command(run).params if p.name == name)
     if parameter.is_flag:
         if text not in ("true", "false"):
             raise UsageError(f"--over {name}: {text!r} is neither true nor false")
         return text == "true"
     try:
-        context = _command().make_context("run", [f"{parameter.opts[0]}={text}"], resilient_parsing=False)
+        context = _command(run).make_context("run", [f"{parameter.opts[0]}={text}"], resilient_parsing=False)
         return plain(context.params[name])
     except typer.BadParameter as error:
         raise UsageError(f"--over {name}: {text!r}: {error.message}") from error

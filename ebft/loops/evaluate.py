@@ -12,10 +12,11 @@ from tensordict import TensorDictBase
 from ebft import schema
 from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
-from ebft.loops.evaluation.rollouts import at_horizon
+from ebft.loops.evaluation.quantities import per_unit
+from ebft.loops.evaluation.rollouts import EVALUATION_STEP, at_horizon
 from ebft.loops.scoring import score
 from ebft.loops.stages import Stage, at_step
-from ebft.loops.summary import whole_features
+from ebft.loops.summary import doubling_horizons, whole_features
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
@@ -24,8 +25,6 @@ from ebft.policy import CausalPolicy
 METRICS = ("feature_matching_loss", "cross_entropy", "kl", "distinct_rollouts", "reward")
 
 _NO_SUMS = ("tokens", "times", "profile")
-# Evaluation never draws the random numbers of a training step: those are steps 0, 1, 2, ...
-_EVALUATION_STEP = -1
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def evaluate(
     """
     for td in data.split(batch_size):
         clock = Clock()
-        td = at_step(td.to(policy.device).clone(False), seed=seed, step=_EVALUATION_STEP)
+        td = at_step(td.to(policy.device).clone(False), seed=seed, step=EVALUATION_STEP)
         for name, stage in pipeline.items():
             with clock(name):
                 td = stage(td)
@@ -91,10 +90,10 @@ def _profile(td: TensorDictBase, embed: Stage) -> dict[str, tuple[torch.Tensor, 
     """The feature-matching loss of the first g tokens by g as text: 1, 2, 4, ... and all of them."""
     horizon = td[schema.ROLLOUT_TOKENS].shape[-1]
     found = {}
-    for tokens in sorted({horizon, *(2**power for power in range(horizon.bit_length()))}):
+    for tokens in doubling_horizons(horizon):
         cut = td if tokens == horizon else embed(at_horizon(td, tokens))
         loss = conditional_feature_matching_loss(*whole_features(cut))
-        found[str(tokens)] = _per_sequence(loss, td[schema.ANCHOR_MASK])
+        found[str(tokens)] = per_unit(loss, td[schema.ANCHOR_MASK])
     return found
 
 
@@ -104,24 +103,18 @@ def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Te
     matching = {}
     if td.get(schema.ROLLOUT_FEATURES, None) is not None:
         loss = conditional_feature_matching_loss(*whole_features(td))
-        matching = {"feature_matching_loss": _per_sequence(loss, valid)}
+        matching = {"feature_matching_loss": per_unit(loss, valid)}
     distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]) / rollouts
     predicted = prediction_mask(td[schema.MASK], td.get(schema.ANSWER_MASK, None), td.get(schema.DOCUMENT_IDS, None))
     ours = first[schema.POLICY_LOG_PROB]
     theirs = first.get(schema.REFERENCE_LOG_PROB, ours)
     return {
         **matching,
-        "cross_entropy": _per_sequence(-first[schema.POLICY_TOKEN_LOG_PROB], predicted),
-        "kl": _per_sequence(kl_estimate(ours, theirs, estimator="k3"), first[schema.ROLLOUT_MASK]),
-        "distinct_rollouts": _per_sequence(distinct, valid),
-        "reward": _per_sequence(td[schema.REWARD].flatten(2).mean(-1), valid),
+        "cross_entropy": per_unit(-first[schema.POLICY_TOKEN_LOG_PROB], predicted),
+        "kl": per_unit(kl_estimate(ours, theirs, estimator="k3"), first[schema.ROLLOUT_MASK]),
+        "distinct_rollouts": per_unit(distinct, valid),
+        "reward": per_unit(td[schema.REWARD].flatten(2).mean(-1), valid),
     }
-
-
-def _per_sequence(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum and count over all axes but the first, in float64 on the CPU."""
-    total = torch.where(mask, values.double(), 0.0).flatten(1).sum(1)
-    return total.cpu(), mask.flatten(1).sum(1).double().cpu()
 
 
 def concatenate(parts: list[dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

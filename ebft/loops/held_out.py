@@ -25,6 +25,7 @@ from ebft.policy import CausalPolicy
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 BEFORE, PROFILE = "before.json", "profile.json"
+HELD_OUT_ROWS = 8  # that a run measures at once
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def stop_after(minutes: float | None) -> Iterator[None]:
     if minutes is None:
         yield
         return
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
     timer.daemon = True
@@ -57,3 +58,5 @@ def stop_after(minutes: float | None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)

@@ -17,7 +17,17 @@ from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_
 from ebft.loops import checkpoint
 from ebft.loops.average import Average
 from ebft.loops.display import Display, profile_line, result_table, stage_table, watch_line
-from ebft.loops.held_out import PROFILE, Held, before_and_after, load_before, measure, profile_of, row_at, save_before
+from ebft.loops.held_out import (
+    HELD_OUT_ROWS,
+    PROFILE,
+    Held,
+    before_and_after,
+    load_before,
+    measure,
+    profile_of,
+    row_at,
+    save_before,
+)
 from ebft.loops.history import History
 from ebft.loops.interrupt import Interrupted, stop_requests
 from ebft.loops.loggers import close_logger, log_result, log_step
@@ -48,7 +58,7 @@ def run(
     batch_size: int,
     seed: int,
     scoring: Mapping[str, Any],
-    eval_batch: int = 8,
+    eval_batch: int = HELD_OUT_ROWS,
     save_every: int = 20,
     eval_every: int = 0,
     keep: int = 2,

@@ -63,8 +63,12 @@ def horizon_profile(td: TensorDictBase) -> dict[str, Tensor]:
         )
     ]
     profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0)  # [G]
-    horizons = sorted({len(profile), *(2**power for power in range(len(profile).bit_length()))})
-    return {f"feature_matching_loss_{g}": profile[g - 1] for g in horizons if g <= len(profile)}
+    return {f"feature_matching_loss_{g}": profile[g - 1] for g in doubling_horizons(len(profile))}
+
+
+def doubling_horizons(longest: int) -> list[int]:
+    """1, 2, 4, ... up to `longest`, and that."""
+    return sorted({longest, *(2**power for power in range(longest.bit_length()))})
 
 
 def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:

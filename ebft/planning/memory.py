@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ebft.head import ROWS_OF_A_WEIGHT_GRADIENT
 from ebft.loading import add_adapters
 from ebft.planning.live import live_bytes
 from ebft.policy import CausalPolicy
@@ -24,7 +25,6 @@ from ebft.policy import CausalPolicy
 STAGES = ("embed", "score")
 _VOCABULARY = 64  # of the probes
 _PROBE = {"length": 96, "count": 4, "rollouts": 4, "horizon": 8}
-_TAUGHT_ROWS = 512  # of the head at once when its weight is trained, see `ebft.head`
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_row
     text = config.get_text_config()
     trained, teeth = not kind.lora, work.teeth("score")
     # logits of two chunks while the weight is trained, and two of its gradients; else logits, log-probs and a copy
-    rows = 2 * min(_TAUGHT_ROWS, max(work.trunk, teeth)) if trained else 3 * head_rows
+    rows = 2 * min(ROWS_OF_A_WEIGHT_GRADIENT, max(work.trunk, teeth)) if trained else 3 * head_rows
     head = 4 * text.vocab_size * (rows + 2 * text.hidden_size * trained)
     layers = score.at(text.num_hidden_layers, work.trunk, teeth)
     if not kind.checkpointing:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from ebft.planning.memory import Kind, Work, measure_rates, probe_policy, sampling_bytes, scoring_bytes
 from ebft.planning.products import weights
 from ebft.planning.speed import OVER_PRODUCTS, Device, stage_seconds, update_seconds
+from ebft.policy import HEAD_ROWS
 
-HEAD_ROWS = 128  # of `CausalPolicy`
 _PROBED = 64  # weights on a side of the matrix whose optimizer state is measured
 
 MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]

@@ -128,6 +128,16 @@ def run_study(
     return failures
 
 
+def say_failures(failures: Mapping[str, str], *, of: str, out: Path, console: Console) -> None:
+    """Say that there were some, of `runs` or `cells`, and what to do about it."""
+    if failures:
+        console.print(
+            f"[red]{len(failures)} {of} failed[/red], see {out / 'failures.json'}; the same command tries them again",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
 def _one_by_one(
     waiting: Sequence[tuple[Run, str]], begin: Begin, console: Console, *, total: int
 ) -> Iterator[tuple[Run, str | None, str]]:
