@@ -112,6 +112,8 @@ def score(
 def _check_divergence(policy: CausalPolicy, reference: CausalPolicy | None, settings: dict) -> None:
     if reference is None:
         raise UsageError("divergence compares with a reference policy: give one")
+    if reference.offload is not None:
+        raise UsageError("divergence wants the reference's head in the backward pass: its weights cannot be offloaded")
     if is_truncated(settings):
         raise UsageError(
             f"divergence of distributions truncated by {settings}: a token that one of the two drops makes it"

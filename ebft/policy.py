@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ebft.errors import UsageError
 from ebft.export import save_causal_lm
 from ebft.layout import NestedPrefixLayout
 from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
+from ebft.offload import Offload, frozen_copy, move_to_cpu
 from ebft.rows import row_states
 from ebft.taps import layer_outputs, recomputed
 
@@ -49,6 +50,8 @@ class CausalPolicy:
         checkpointing: keep only what enters each decoder layer for the backward pass of `score`, and compute the rest
             again: about a third more time, a fraction of the memory.
         head_rows: rows of the head computed at once.
+        offload_frozen: keep `reference()`, where it is a copy, and other frozen networks of this policy in CPU memory
+            while they are not used.
 
     Raises:
         UsageError: an encoder-decoder; a model that does something unknown to its logits; a kernel that is unknown or
@@ -64,12 +67,15 @@ class CausalPolicy:
         kernel: str | None = None,
         checkpointing: bool = False,
         head_rows: int = HEAD_ROWS,
+        offload_frozen: bool = False,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.autocast, self.checkpointing, self.head_rows = autocast, checkpointing, head_rows
         self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         if getattr(self.causal_lm.config, "is_encoder_decoder", False):
             raise UsageError(f"{type(self.causal_lm).__name__} is an encoder-decoder: expected a causal language model")
+        self.offload_frozen = offload_frozen
+        self.offload: Offload | None = None  # of the weights of this policy itself, if it is frozen
         self.adapters_off = False
         self._plain_attention = self.causal_lm.config._attn_implementation
         model.eval()
@@ -94,7 +100,7 @@ class CausalPolicy:
             dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; with adapters the frozen
                 weights are kept in bfloat16) or a torch dtype's name for weights and compute.
             lora: rank of LoRA adapters, None for full fine-tuning; `seed` draws their start.
-            options: `kernel`, `checkpointing`, `head_rows`.
+            options: `kernel`, `checkpointing`, `head_rows`, `offload_frozen`.
 
         Raises:
             UsageError: anything that cannot be loaded, chosen or served.
@@ -111,7 +117,7 @@ class CausalPolicy:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self.offload is None else self.offload.device
 
     @property
     def num_layers(self) -> int:
@@ -127,8 +133,18 @@ class CausalPolicy:
         if hasattr(self.model, "disable_adapter"):
             frozen.adapters_off = True
             return frozen
-        frozen.model = frozen.causal_lm = copy.deepcopy(self.causal_lm).requires_grad_(False)
+        if self.offload_frozen:
+            frozen.model = frozen.causal_lm = frozen_copy(self.causal_lm)
+            frozen.offload = Offload(frozen.model, self.device)
+        else:
+            frozen.model = frozen.causal_lm = copy.deepcopy(self.causal_lm).requires_grad_(False)
         return frozen
+
+    def move_to_cpu(self) -> None:
+        """Keep the weights, which are frozen, in CPU memory from now on, on the device inside `resident()` alone."""
+        device = self.device
+        move_to_cpu(self.model)
+        self.offload = Offload(self.model, device)
 
     def save_pretrained(self, path) -> None:
         """Write the policy as a plain Hugging Face folder, adapters merged; see `ebft.export.save_causal_lm`."""
@@ -164,11 +180,19 @@ class CausalPolicy:
         finally:
             self.causal_lm.set_attn_implementation(driven)
 
+    def resident(self) -> AbstractContextManager[None]:
+        """The weights are on the device: for several passes at once, each of which would move them by itself."""
+        return nullcontext() if self.offload is None else self.offload.resident()
+
     @contextmanager
     def computing(self):
         """Autocast and, for a reference that shares its weights with a LoRA policy, the adapters off."""
         adapters = self.model.disable_adapter() if self.adapters_off else nullcontext()
-        with adapters, torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with (
+            self.resident(),
+            adapters,
+            torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
             yield
 
     # ---- forward passes

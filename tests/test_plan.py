@@ -157,7 +157,7 @@ def test_products_are_timed_in_proportion():
 
 def test_the_command_prints_a_plan(options):
     console = Console(file=io.StringIO(), width=100)
-    chosen = {**options, "features": "hidden", "kl": 0.1, "ema": 0.9}
+    chosen = {**options, "features": "hidden", "kl": 0.1, "ema": 0.9, "held_out": 2}
     plan = plan_from_options(chosen, processes=1, console=console)
     said = console.file.getvalue()
     for words in (

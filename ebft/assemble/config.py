@@ -29,7 +29,17 @@ def versions() -> dict[str, str]:
 # Options of training alone: the held-out measurement of the start is the same whatever they are. (Not `batch`: the
 # whitening may be calibrated with batches; nor `estimator` and what shapes advantages: the samples show them.)
 TRAINING_ALONE = {
-    *("steps", "epochs", "micro_batch", "checkpointing", "save_every", "eval_every", "keep", "logger"),
+    *(
+        "steps",
+        "epochs",
+        "micro_batch",
+        "checkpointing",
+        "offload_reference",
+        "save_every",
+        "eval_every",
+        "keep",
+        "logger",
+    ),
     *("optimizer", "lr", "lr_schedule", "warm_up", "lr_end", "betas", "momentum", "nesterov", "weight_decay", "eps"),
     *("max_grad_norm", "ema", "pg", "clip", "updates", "minibatches", "truncate_weights", "score_temperature"),
     *("normalization", "pg_weight", "pg_schedule", "answer_weight", "answer_schedule"),

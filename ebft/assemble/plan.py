@@ -20,7 +20,7 @@ from ebft.features.hidden import layer_numbers
 from ebft.loading import choose_device, choose_precision, model_source
 from ebft.loops.held_out import HELD_OUT_ROWS
 from ebft.planning.memory import Kind, Work
-from ebft.planning.plan import Plan, Step, predict
+from ebft.planning.plan import Plan, Step, count_weights, predict
 from ebft.planning.speed import Device
 from ebft.samplers.anchors import strided
 
@@ -87,7 +87,9 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
     at_once = min(options["micro_batch"] or of_update, of_update)
     text = config.get_text_config()
     layers: tuple[int, ...] = ()
+    backbone = 0.0
     if options["features"] == "hidden":
+        backbone = _backbone_bytes(resolved["features"]["backbone"], config, kind)
         layers = layer_numbers(parse_layers(resolved["features"]["layers"]), text.num_hidden_layers)
     return Step(
         sampled=work(share),
@@ -101,7 +103,19 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         taps=len(layers) * text.hidden_size * (kind.autocast or kind.weights).itemsize,
         reference=bool(options["kl"]),
         average=options["ema"] is not None,
+        backbone=backbone,
+        offload=options["offload_reference"],
     )
+
+
+def _backbone_bytes(name: str, config: Any, kind: Kind) -> float:
+    """Of a feature backbone besides the start."""
+    if name == "start":
+        return 0.0
+    if name == "random":
+        return count_weights(config, kind)[0] * kind.weights.itemsize
+    itemsize = 4 if kind.autocast else kind.weights.itemsize
+    return count_weights(_config(name), Kind(kind.weights))[0] * itemsize
 
 
 def _resident() -> int:
@@ -127,11 +141,14 @@ def _print(
     memory.add_section()
     memory.add_row("peak", f"{plan.peak / _GIB:.2f}")
     console.print(memory)
+    if plan.offloaded:
+        held = ", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in plan.offloaded.items() if size)
+        console.print(f"in CPU memory: {held}", highlight=False)
     there = _available(device)
     if there and plan.peak > there:
         console.print(
             f"[bold red]more than the {there / _GIB:.1f} GiB that are free here:[/bold red] a smaller --micro-batch,"
-            " --checkpointing, --lora, --dtype bfloat16 or more processes take less",
+            " --checkpointing, --offload-reference, --lora, --dtype bfloat16 or more processes take less",
             highlight=False,
         )
     speed = Table(title="Time of a step, without held-out measurements", title_justify="left")

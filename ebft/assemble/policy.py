@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ebft.errors import UsageError
+from ebft.loading import choose_device
 from ebft.memory import keep_freed_memory
+from ebft.objectives.kl import EXACT
 from ebft.policy import CausalPolicy
 
 
@@ -23,7 +25,33 @@ def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
         seed=options["seed"],
         kernel=options["attention"],
         checkpointing=options["checkpointing"],
+        offload_frozen=options.get("offload_reference", False),
     )
+
+
+def check_offload(options: Mapping[str, Any]) -> None:
+    """Whether there is something that --offload-reference moves, and somewhere to move it.
+
+    Raises:
+        UsageError: there is not, or it cannot be moved.
+    """
+    if not options["offload_reference"]:
+        return
+    if choose_device(options["device"]).type == "cpu":
+        raise UsageError(
+            "--offload-reference: the device is cpu, and the frozen copy lies in CPU memory anyway. Leave it out, or"
+            " give --device cuda"
+        )
+    if options["lora"] and options["backbone"] in (None, "start"):
+        raise UsageError(
+            f"--offload-reference: with --lora {options['lora']} the start is the policy itself with its adapters off,"
+            " and there is no frozen copy. Leave it out, or train all weights with --lora 0"
+        )
+    if options["kl_mode"] in EXACT:
+        raise UsageError(
+            f"--offload-reference: --kl-mode {options['kl_mode']} wants the head of the frozen copy in the backward"
+            " pass. Use --kl-mode k1, k2 or k3"
+        )
 
 
 def policy_folder(name: str) -> str:

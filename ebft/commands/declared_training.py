@@ -45,6 +45,15 @@ def of_training(
             " training and policy/ are then of the average (default none)",
         ),
     ] = None,
+    offload_reference: Annotated[
+        bool,
+        option(
+            TRAINING,
+            "Keep the frozen copy of the policy, and a backbone of its own, in CPU memory but for the stages that use"
+            " them: less GPU memory, more time.",
+            "--offload-reference",
+        ),
+    ] = False,
     seed: Annotated[int, option(TRAINING, "Keys every random number of the run.")] = 0,
     held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     eval_every: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -42,13 +43,26 @@ def _hidden(
     options: dict[str, Any] = {"layers": parse_layers(layers), "normalization": unit_norm, "pooling": pooling}
     if network.tokenizer is policy.tokenizer or network.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
         note = f"token ids are passed on to the backbone {backbone}, which has the policy's vocabulary"
-        return NotedMap(hidden(network, **options), note)
+        return NotedMap(_resident(network, hidden(network, **options)), note)
     made = retokenized_hidden(network, network.tokenizer, policy.tokenizer, **options)
     return NotedMap(
-        made,
+        _resident(network, made),
         f"the backbone {backbone} has another vocabulary than the policy: text is re-tokenised, which takes a forward"
         " pass for each prefix with a rollout",
     )
+
+
+def _resident(network: CausalPolicy, embed: FeatureMap) -> FeatureMap:
+    """The feature map, during which the network's weights are on the device."""
+    if network.offload is None:
+        return embed
+
+    @wraps(embed)
+    def embed_there(*args: Any, **options: Any) -> Any:
+        with network.resident():
+            return embed(*args, **options)
+
+    return embed_there
 
 
 def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> CausalPolicy:
@@ -59,13 +73,22 @@ def frozen_network(policy: CausalPolicy, reference: CausalPolicy, name: str) -> 
     """
     if name == "start":
         return reference
-    if name == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.causal_lm.config), attn_implementation="sdpa")
-        weights = next(policy.causal_lm.parameters())
-        model = model.to(weights.device, weights.dtype).eval().requires_grad_(False)
-        return CausalPolicy(model, policy.tokenizer, autocast=policy.autocast)
+    network = _random_network(policy) if name == "random" else _loaded_network(policy, name)
+    if policy.offload_frozen:
+        network.move_to_cpu()
+    return network
+
+
+def _random_network(policy: CausalPolicy) -> CausalPolicy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.causal_lm.config), attn_implementation="sdpa")
+    weights = next(policy.causal_lm.parameters())
+    model = model.to(weights.device, weights.dtype).eval().requires_grad_(False)
+    return CausalPolicy(model, policy.tokenizer, autocast=policy.autocast)
+
+
+def _loaded_network(policy: CausalPolicy, name: str) -> CausalPolicy:
     dtype = "auto" if policy.autocast else str(next(policy.causal_lm.parameters()).dtype).removeprefix("torch.")
     other = CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype)
     other.model.requires_grad_(False)

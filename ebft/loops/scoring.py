@@ -41,6 +41,10 @@ def score(
     inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
     inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
     options = {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
+    if reference is not None and divergence is None:
+        # first, so that its weights and states are gone when those of the policy are kept for the backward pass
+        with torch.no_grad(), reference.resident():
+            td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
     start = None if divergence is None else reference
     scored = policy.score(*inputs, **options, entropy=entropy, reference=start, divergence=divergence)
     td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = scored[:2]
@@ -48,9 +52,6 @@ def score(
         td[schema.POLICY_ENTROPY] = scored[2]
     if divergence is not None:
         td[schema.POLICY_DIVERGENCE] = scored[-1]
-    elif reference is not None:
-        with torch.no_grad():
-            td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
 
 
 def token_log_prob(policy: CausalPolicy, td: TensorDictBase) -> Tensor:

@@ -130,6 +130,13 @@ def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_row
     return max(layers, text.num_hidden_layers * states + head)
 
 
+def reading_bytes(config: Any, embed: Rates, work: Work, *, head_rows: int) -> float:
+    """What scoring without a backward pass adds: states of the sequences and rollouts, and the head's log-probs."""
+    text = config.get_text_config()
+    states = embed.at(text.num_hidden_layers, work.trunk, work.teeth("score"))
+    return states + 3 * 4 * text.vocab_size * head_rows
+
+
 def probe_policy(config: Any, kind: Kind, layers: int) -> CausalPolicy:
     """A policy of the architecture `config` with so many layers, a vocabulary of a few tokens and random weights."""
     config = copy.deepcopy(config)

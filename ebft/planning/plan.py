@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from ebft.planning.memory import Kind, Work, measure_rates, probe_policy, sampling_bytes, scoring_bytes
+from ebft.planning.memory import (
+    Kind,
+    Work,
+    measure_rates,
+    probe_policy,
+    reading_bytes,
+    sampling_bytes,
+    scoring_bytes,
+)
 from ebft.planning.products import weights
 from ebft.planning.speed import OVER_PRODUCTS, Device, stage_seconds, update_seconds
 from ebft.policy import HEAD_ROWS
@@ -31,6 +39,7 @@ class Plan:
         seconds: seconds of each stage, with what comes on top.
         tokens: of sequences and rollouts in a step, of this process.
         trained: how many weights are trained.
+        offloaded: bytes in CPU memory of what lies there while it is not used, by what they hold.
     """
 
     parts: dict[str, float]
@@ -39,6 +48,7 @@ class Plan:
     seconds: dict[str, float]
     tokens: int
     trained: int
+    offloaded: dict[str, float]
 
     @property
     def peak(self) -> float:
@@ -64,6 +74,8 @@ class Step:
         taps: bytes of features and of the states that they are made of, of a token of a rollout.
         reference: whether the frozen start scores too.
         average: whether a running average of the weights is kept.
+        backbone: bytes of a feature backbone of its own; 0 where the features are the start's, or of no network.
+        offload: whether frozen networks lie in CPU memory while they are not used.
     """
 
     sampled: Work
@@ -77,6 +89,8 @@ class Step:
     taps: int = 0
     reference: bool = False
     average: bool = False
+    backbone: float = 0.0
+    offload: bool = False
 
 
 def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimizer, device: torch.device) -> Plan:
@@ -90,9 +104,10 @@ def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimize
     frozen_bytes = kind.weights.itemsize
     trained_bytes = 4 if kind.lora else kind.weights.itemsize
     per_weight = state_bytes(make_optimizer)
+    frozen = {"frozen copy": 0.0 if kind.lora else whole * frozen_bytes, "feature backbone": step.backbone}
     parts = {
         "weights": whole * frozen_bytes + (trained * trained_bytes if kind.lora else 0),
-        "frozen copy": 0 if kind.lora else whole * frozen_bytes,
+        **({} if step.offload else frozen),
         "gradients": trained * trained_bytes,
         "optimizer": trained * per_weight * trained_bytes / 4,
         "average": 4 * trained * step.average,
@@ -101,10 +116,18 @@ def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimize
     wide = max(step.sampled, step.measured, key=lambda work: work.rows)
     embed = rates["embed"].at(text.num_hidden_layers, wide.trunk, wide.teeth("embed")) if step.depth else 0.0
     scored = step.scored if step.rollouts else Work(step.scored.rows, step.scored.length, 0, 0, 1)
+    # the start scores one rollout of an anchor in held-out measurements, and all of them for a divergence in the loss
+    read = [replace(step.measured, rollouts=1), *[scored] * step.reference]
+    visiting = frozen if step.offload else dict.fromkeys(frozen, 0.0)
+    embedding = (visiting["feature backbone"] or visiting["frozen copy"]) * bool(step.depth)
     stages = {
         "sample": sampling_bytes(config, kind, rates["embed"], wide, head_rows=HEAD_ROWS),
-        "embed": embed + step.taps * wide.teeth("embed"),
-        "score": scoring_bytes(config, kind, rates["score"], scored, head_rows=HEAD_ROWS),
+        "embed": embed + step.taps * wide.teeth("embed") + embedding,
+        "score": max(
+            scoring_bytes(config, kind, rates["score"], scored, head_rows=HEAD_ROWS),
+            visiting["frozen copy"]
+            + max(reading_bytes(config, rates["embed"], work, head_rows=HEAD_ROWS) for work in read),
+        ),
         # torch's optimizers make one more tensor of each weight, on a GPU of all weights at once
         "update": 4 * trained if device.type == "cuda" else 4 * text.vocab_size * text.hidden_size * (not kind.lora),
     }
@@ -126,7 +149,7 @@ def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimize
     seconds = {stage: value * OVER_PRODUCTS[stage] for stage, value in floor.items()}
     seconds["update"] += update_seconds(make_optimizer, trained, timed) * step.updates * step.minibatches
     tokens = step.sampled.trunk + step.sampled.columns * step.sampled.horizon * step.rollouts
-    return Plan(parts, stages, floor, seconds, tokens, trained)
+    return Plan(parts, stages, floor, seconds, tokens, trained, frozen if step.offload else {})
 
 
 def count_weights(config: Any, kind: Kind) -> tuple[int, int]:
