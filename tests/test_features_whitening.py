@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from ebft.errors import UsageError
-from ebft.features.whitening import SecondMoment, whiten
+from ebft.features.second_moment import SecondMoment
+from ebft.features.whitening import whiten
 
 
 def draw(*shape, seed=0):
