@@ -41,8 +41,8 @@ from benchmarks.contestants import Choice, random_tokens
 from benchmarks.measure import in_fresh_process, machine, peak_increase, peak_of_process, seconds
 from ebft import schema
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
 from ebft.features.hidden import hidden
+from ebft.features.module import as_module
 from ebft.files import write_json
 from ebft.loading import choose_device
 from ebft.loops.train import train

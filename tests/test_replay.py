@@ -16,7 +16,7 @@ from ebft.assemble.run import observe_moments
 from ebft.commands.derived import run_defaults
 from ebft.components import choose
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
+from ebft.features.module import as_module
 from ebft.loops.ablation.replay import correlations, measure, rollout_weights, sequence_gradients, token_agreement
 from ebft.loops.ablation.rollouts import load_rollouts
 from ebft.loops.ablation.sketch import SKETCH, Projection, score_sketches

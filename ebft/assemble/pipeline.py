@@ -12,7 +12,8 @@ from ebft.assemble.reward import build_reward, decoder, reader
 from ebft.components import choose
 from ebft.components.features import NotedMap
 from ebft.components.verifiers import Reference
-from ebft.features.contract import FeatureMap, as_module
+from ebft.features.contract import FeatureMap
+from ebft.features.module import as_module
 from ebft.objectives.scores import Values
 from ebft.policy import CausalPolicy
 from ebft.samplers import full

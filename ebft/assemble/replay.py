@@ -22,7 +22,7 @@ from ebft.assemble.run import observe_moments
 from ebft.components import choose
 from ebft.components.component import nearest
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
+from ebft.features.module import as_module
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_json
 from ebft.loops.ablation.intervals import standard_error

@@ -19,7 +19,7 @@ from ebft.assemble.policy import load_policy
 from ebft.assemble.rows import check_anchors, pack_data, read_data
 from ebft.data.packing import batches as batches_of
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
+from ebft.features.module import as_module
 from ebft.loops.ablation.results import Cell
 from ebft.loops.ablation.rollouts import draw, save_rollouts
 from ebft.loops.ablation.sketch import Projection

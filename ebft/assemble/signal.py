@@ -22,8 +22,8 @@ from ebft.assemble.rows import pack_data, read_data, usable_rows
 from ebft.assemble.run import observe_moments
 from ebft.components.features import parse_layers
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
 from ebft.features.hidden import layer_numbers
+from ebft.features.module import as_module
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_atomically, write_json
 from ebft.loops.calibrate import calibrate

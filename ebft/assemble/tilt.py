@@ -19,7 +19,7 @@ from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import METHOD_OPTIONS
 from ebft.draw import check_sampling
 from ebft.errors import UsageError
-from ebft.features.contract import as_module
+from ebft.features.module import as_module
 from ebft.files import write_json
 from ebft.loops.display import Display
 from ebft.loops.run import open_folder

@@ -16,7 +16,8 @@ map                                features of a rollout
 Pooling over the tokens of a rollout is in ``ebft.features.pooling``, whitening in ``ebft.features.whitening``.
 """
 
-from ebft.features.contract import FeatureMap, as_module, from_token_function
+from ebft.features.contract import FeatureMap, HorizonMap, at_horizons, from_token_function
+from ebft.features.module import as_module
 from ebft.features.text import from_text_function
 
-__all__ = ["FeatureMap", "as_module", "from_text_function", "from_token_function"]
+__all__ = ["FeatureMap", "HorizonMap", "as_module", "at_horizons", "from_text_function", "from_token_function"]

@@ -1,20 +1,18 @@
-"""The signature that all feature maps share, and the adapters to and from it."""
+"""The signature that all feature maps share, features at several horizons, and the adapter from functions of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 
-from ebft import schema
-from ebft.distributed import by_rows
 from ebft.errors import UsageError
 from ebft.layout import document_starts
 
 TokenFunction = Callable[[Tensor, Tensor], Tensor]
+Features = tuple[Tensor, Tensor]  # of rollouts [B,K,N,D] and of targets [B,K,D]
 
 
 class FeatureMap(Protocol):
@@ -53,37 +51,70 @@ class FeatureMap(Protocol):
         ...
 
 
-def as_module(feature_map: FeatureMap, *, documents: bool = False) -> TensorDictModule:
-    """A feature map as a pipeline step that reads and writes the schema's keys.
+class HorizonMap:
+    """A feature map that gives the features of the first g tokens, for several g, out of one pass over all of them.
 
-    Of several processes each embeds its own rows (`ebft.distributed`); all write all features.
+    For maps whose network gives a token the same state whatever follows it.
 
     Args:
-        feature_map: the map.
-        documents: also read ``document_ids`` [B,T], which must then be there.
+        embed: (the tensors of a `FeatureMap`, horizons, document_ids) -> features at each of the horizons.
     """
-    in_keys = [
-        schema.TOKENS,
-        schema.MASK,
-        schema.ANCHORS,
-        schema.ANCHOR_MASK,
-        schema.ROLLOUT_TOKENS,
-        schema.ROLLOUT_MASK,
-        schema.TARGET_TOKENS,
-        schema.TARGET_MASK,
-    ]
 
-    def embed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        if documents:
-            return by_rows(feature_map, *tensors[:-1], document_ids=tensors[-1])
-        return by_rows(feature_map, *tensors)
+    def __init__(self, embed: Callable[..., list[Features]]) -> None:
+        self._embed = embed
 
-    return TensorDictModule(
-        embed,
-        in_keys=[*in_keys, schema.DOCUMENT_IDS] if documents else in_keys,
-        out_keys=[schema.ROLLOUT_FEATURES, schema.TARGET_FEATURES],
-        strict=True,
-    )
+    def __call__(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        anchors: Tensor,
+        anchor_mask: Tensor,
+        rollout_tokens: Tensor,
+        rollout_mask: Tensor,
+        target_tokens: Tensor,
+        target_mask: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+    ) -> Features:
+        """As every `FeatureMap`: the features at the longest horizon."""
+        batch = (tokens, mask, anchors, anchor_mask, rollout_tokens, rollout_mask, target_tokens, target_mask)
+        (found,) = self.at_horizons(*batch, horizons=[rollout_tokens.shape[-1]], document_ids=document_ids)
+        return found
+
+    @torch.no_grad()
+    def at_horizons(
+        self, *batch: Tensor, horizons: Sequence[int], document_ids: Tensor | None = None
+    ) -> list[Features]:
+        """For each g of `horizons` the features that `cut_to(batch, g)` has, but for rounding."""
+        return self._embed(*batch, horizons=horizons, document_ids=document_ids)
+
+
+def at_horizons(
+    feature_map: FeatureMap, *batch: Tensor, horizons: Sequence[int], document_ids: Tensor | None = None
+) -> list[Features]:
+    """Features of the first g tokens of rollouts and targets, for each g of `horizons`.
+
+    Of a map with a method `at_horizons` of its own (`HorizonMap`) at the cost of the longest; any other embeds anew for
+    each, which is the definition.
+
+    Args:
+        batch: the tensors that a `FeatureMap` takes, in their order.
+
+    Raises:
+        UsageError: a horizon that the rollouts do not have.
+    """
+    longest = batch[4].shape[-1]
+    if not all(1 <= g <= longest for g in horizons):
+        raise UsageError(f"horizons={list(horizons)}: expected 1 to {longest}, the tokens of a rollout")
+    own = getattr(feature_map, "at_horizons", None)
+    if own is not None:
+        return own(*batch, horizons=horizons, document_ids=document_ids)
+    return [feature_map(*cut_to(batch, g), document_ids=document_ids) for g in horizons]
+
+
+def cut_to(batch: Sequence[Tensor], horizon: int) -> tuple[Tensor, ...]:
+    """The tensors that a `FeatureMap` takes, with the first `horizon` tokens of rollouts and targets."""
+    return (*batch[:4], *(x[..., :horizon] for x in batch[4:]))
 
 
 def own_masks(anchor_mask: Tensor, rollout_mask: Tensor, target_mask: Tensor) -> tuple[Tensor, Tensor]:

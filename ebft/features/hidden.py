@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ebft.errors import UsageError
-from ebft.features.contract import FeatureMap, own_masks
+from ebft.features.contract import Features, HorizonMap, own_masks
 from ebft.features.pooling import WITH_CONTEXT, check_pooling, last, mean_with_context
 from ebft.features.pooling import pooling as pooling_called
 from ebft.layout import document_starts
@@ -49,7 +49,7 @@ def hidden(
     layers: Sequence[int | float] | str = (0.25, 0.5, 0.75),
     normalization: str = "layer",
     pooling: str = "last",
-) -> FeatureMap:
+) -> HorizonMap:
     """A feature map of the hidden states of `backbone` after some of its layers (arXiv 2603.12248, section 4).
 
     Target features are the states of the sequence itself at positions a_k .. a_k+G-1: they cost nothing.
@@ -64,7 +64,8 @@ def hidden(
         pooling: a name of ``ebft.features.pooling``, over the continuation's own tokens, or over those and its context
             ("mean_with_context"). "none" keeps one vector per token: [B,K,N,G,D] and [B,K,G,D].
 
-    A rollout that equals its target gets the target's features to the last bit.
+    A rollout that equals its target gets the target's features to the last bit. At several horizons the backbone goes
+    over the longest once.
 
     Raises:
         UsageError: a layer out of range, or an unknown pooling or normalisation.
@@ -78,19 +79,8 @@ def hidden(
             return mean_with_context(join_layers(states), mask, *context)
         return pool_layers(states, mask, join_layers, how=pooling)
 
-    @torch.no_grad()
-    def embed(
-        tokens: Tensor,
-        mask: Tensor,
-        anchors: Tensor,
-        anchor_mask: Tensor,
-        rollout_tokens: Tensor,
-        rollout_mask: Tensor,
-        target_tokens: Tensor,
-        target_mask: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def embed(*batch: Tensor, horizons: Sequence[int], document_ids: Tensor | None) -> list[Features]:
+        tokens, mask, anchors, anchor_mask, rollout_tokens, rollout_mask, target_tokens, target_mask = batch
         rollout_states, trunk_states = backbone.hidden_states(
             tokens, mask, anchors, anchor_mask, rollout_tokens, rollout_mask,
             layers=sorted(set(wanted)), document_ids=document_ids,
@@ -104,15 +94,22 @@ def hidden(
         target_states = {
             layer: _at_targets(states, anchors, target_mask.shape[-1]) for layer, states in trunk_states.items()
         }
-        rollout = pooled([rollout_states[layer] for layer in wanted], rollout_mask, of_rollouts)
-        target = pooled([target_states[layer] for layer in wanted], target_mask, context)
         # The states of a rollout and of its target come from different places of the row, and round differently.
         same = _equal_so_far(rollout_tokens, rollout_mask, target_tokens[:, :, None], target_mask[:, :, None])
-        if pooling != "none":
-            same = same[..., -1]
-        return torch.where(same[..., None], target[:, :, None], rollout), target
 
-    return embed
+        def first(g: int) -> Features:
+            """A token's states do not depend on what follows it: cut, they are those of the first g tokens."""
+            rollout = pooled(cut(rollout_states, g), rollout_mask[..., :g], of_rollouts)
+            target = pooled(cut(target_states, g), target_mask[..., :g], context)
+            copies = same[..., :g] if pooling == "none" else same[..., g - 1]
+            return torch.where(copies[..., None], target[:, :, None], rollout), target
+
+        return [first(g) for g in horizons]
+
+    def cut(states: Mapping[int, Tensor], g: int) -> list[Tensor]:
+        return [states[layer][..., :g, :] for layer in wanted]
+
+    return HorizonMap(embed)
 
 
 def layer_numbers(layers: Sequence[int | float] | str, depth: int) -> tuple[int, ...]:

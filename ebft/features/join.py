@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ebft.errors import UsageError
-from ebft.features.contract import FeatureMap
+from ebft.features.contract import FeatureMap, Features, HorizonMap, at_horizons
 
 
-def join(maps: Sequence[FeatureMap], weights: Sequence[float] | None = None) -> FeatureMap:
+def join(maps: Sequence[FeatureMap], weights: Sequence[float] | None = None) -> HorizonMap:
     """One map whose features are those of `maps`, each brought to unit norm and scaled, one after the other.
 
     Map i is scaled by sqrt(w_i), so that the dot product of two joined features is Σ_i w_i cos_i, with cos_i the
-    cosine under map i. Vectors of zeros stay zeros.
+    cosine under map i. Vectors of zeros stay zeros. At several horizons each map embeds as often as it must.
 
     Args:
         maps: one or more feature maps with features [B,K,N,D_i] and [B,K,D_i].
@@ -38,30 +38,22 @@ def join(maps: Sequence[FeatureMap], weights: Sequence[float] | None = None) -> 
     if not all(math.isfinite(w) and w >= 0 for w in weights):
         raise UsageError(f"weights={list(weights)}: every weight must be finite and 0 or more")
 
-    @torch.no_grad()
-    def embed(
-        tokens: Tensor,
-        mask: Tensor,
-        anchors: Tensor,
-        anchor_mask: Tensor,
-        rollout_tokens: Tensor,
-        rollout_mask: Tensor,
-        target_tokens: Tensor,
-        target_mask: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        batch = (tokens, mask, anchors, anchor_mask, rollout_tokens, rollout_mask, target_tokens, target_mask)
-        rollout, target = [], []
-        for number, (feature_map, weight) in enumerate(zip(maps, weights, strict=True)):
-            r, t = feature_map(*batch, document_ids=document_ids)
-            if r.shape[-1] != t.shape[-1]:
-                raise UsageError(
-                    f"feature map {number} gives rollout features of shape {list(r.shape)} and target features of"
-                    f" shape {list(t.shape)}: the last axes must be equal"
-                )
-            rollout.append(math.sqrt(weight) * normalize(r.float(), dim=-1))
-            target.append(math.sqrt(weight) * normalize(t.float(), dim=-1))
-        return torch.cat(rollout, -1), torch.cat(target, -1)
+    def embed(*batch: Tensor, horizons: Sequence[int], document_ids: Tensor | None) -> list[Features]:
+        found = [at_horizons(m, *batch, horizons=horizons, document_ids=document_ids) for m in maps]
+        return [_side_by_side(parts, weights) for parts in zip(*found, strict=True)]
 
-    return embed
+    return HorizonMap(embed)
+
+
+def _side_by_side(parts: Sequence[Features], weights: Sequence[float]) -> Features:
+    """Features of every map, joined."""
+    rollout, target = [], []
+    for number, ((r, t), weight) in enumerate(zip(parts, weights, strict=True)):
+        if r.shape[-1] != t.shape[-1]:
+            raise UsageError(
+                f"feature map {number} gives rollout features of shape {list(r.shape)} and target features of"
+                f" shape {list(t.shape)}: the last axes must be equal"
+            )
+        rollout.append(math.sqrt(weight) * normalize(r.float(), dim=-1))
+        target.append(math.sqrt(weight) * normalize(t.float(), dim=-1))
+    return torch.cat(rollout, -1), torch.cat(target, -1)

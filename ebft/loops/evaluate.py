@@ -13,7 +13,7 @@ from ebft import schema
 from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
 from ebft.loops.evaluation.quantities import per_unit
-from ebft.loops.evaluation.rollouts import EVALUATION_STEP, at_horizon
+from ebft.loops.evaluation.rollouts import EVALUATION_STEP, embed_at
 from ebft.loops.scoring import score
 from ebft.loops.stages import Stage, at_step
 from ebft.loops.summary import doubling_horizons, whole_features
@@ -46,7 +46,7 @@ def evaluate(
         data: held-out rows, batch size [M].
         reference: the start, to measure the divergence from; None says that the policy is the start.
         profile: also measure the feature-matching loss of the first 1, 2, 4, ... tokens of rollouts and targets, which
-            the stage "embed" of the pipeline, if it has one, embeds again for each.
+            the stage "embed" of the pipeline, if it has one, embeds in one pass if it can, and else anew for each.
 
     Yields:
         (sums, batch): `sums` maps each of `METRICS` (without features all but the first) to (sum [B], count [B]) over
@@ -59,10 +59,13 @@ def evaluate(
     for td in data.split(batch_size):
         clock = Clock()
         td = at_step(td.to(policy.device).clone(False), seed=seed, step=EVALUATION_STEP)
+        along: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, stage in pipeline.items():
             with clock(name):
-                td = stage(td)
-        along = _profile(td, pipeline["embed"]) if profile and "embed" in pipeline else {}
+                if profile and name == "embed":
+                    along, td = _profile(td, stage)
+                else:
+                    td = stage(td)
         with clock("score"):
             first = td.clone(False)
             first[schema.ROLLOUT_TOKENS] = td[schema.ROLLOUT_TOKENS][:, :, :1]
@@ -86,15 +89,13 @@ def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
         td[key] = value
 
 
-def _profile(td: TensorDictBase, embed: Stage) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The feature-matching loss of the first g tokens by g as text: 1, 2, 4, ... and all of them."""
-    horizon = td[schema.ROLLOUT_TOKENS].shape[-1]
-    found = {}
-    for tokens in doubling_horizons(horizon):
-        cut = td if tokens == horizon else embed(at_horizon(td, tokens))
-        loss = conditional_feature_matching_loss(*whole_features(cut))
-        found[str(tokens)] = per_unit(loss, td[schema.ANCHOR_MASK])
-    return found
+def _profile(td: TensorDictBase, embed: Stage) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], TensorDictBase]:
+    """The feature-matching loss of the first g tokens by g as text: 1, 2, 4, ... and all of them; and td embedded."""
+    horizons = doubling_horizons(td[schema.ROLLOUT_TOKENS].shape[-1])
+    cuts = embed_at(embed, td, horizons)
+    losses = (conditional_feature_matching_loss(*whole_features(cut)) for cut in cuts)
+    found = {str(g): per_unit(loss, td[schema.ANCHOR_MASK]) for g, loss in zip(horizons, losses, strict=True)}
+    return found, cuts[-1]
 
 
 def _sums(td: TensorDictBase, first: TensorDictBase) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -9,7 +9,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from ebft import schema
-from ebft.features.contract import FeatureMap, as_module
+from ebft.features.contract import FeatureMap
+from ebft.features.module import as_module
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.quantities import Quantity, Totals, per_unit
 from ebft.loops.scoring import score
@@ -63,8 +64,23 @@ def measure_rollouts(
         yield {**_token_totals(policy, td, scoring=scoring), **_horizon_totals(td, maps, horizons)}
 
 
+def embed_at(embed: Stage, td: TensorDictBase, horizons: Sequence[int]) -> list[TensorDictBase]:
+    """The batch at each of the horizons, see `at_horizon`, with features.
+
+    Out of one pass where the stage and its feature map offer that (`ebft.features.module`), embedded anew otherwise.
+    """
+    found = [at_horizon(td, horizon) for horizon in horizons]
+    if not hasattr(embed, "at_horizons"):
+        return [embed(cut) for cut in found]
+    for cut, features in zip(found, embed.at_horizons(td, horizons), strict=True):
+        cut[schema.ROLLOUT_FEATURES], cut[schema.TARGET_FEATURES] = features
+    return found
+
+
 def at_horizon(td: TensorDictBase, horizon: int) -> TensorDictBase:
-    """The same anchors with the first `horizon` tokens of rollouts and targets."""
+    """The same anchors with the first `horizon` tokens of rollouts and targets; of all of them, the batch as it is."""
+    if horizon == td[schema.ROLLOUT_TOKENS].shape[-1]:
+        return td.clone(False)
     cut = td.select(
         *(key for key in (schema.TOKENS, schema.MASK, schema.DOCUMENT_IDS, schema.ANCHORS, schema.ANCHOR_MASK)),
         strict=False,
@@ -76,8 +92,10 @@ def at_horizon(td: TensorDictBase, horizon: int) -> TensorDictBase:
 
 def _horizon_totals(td: TensorDictBase, maps: Mapping[str, FeatureMap], horizons: Sequence[int]) -> Totals:
     valid = td[schema.ANCHOR_MASK]
+    documents = schema.DOCUMENT_IDS in set(td.keys())
+    embedded = {name: embed_at(as_module(m, documents=documents), td, horizons) for name, m in maps.items()}
     found: dict[Quantity, tuple[Tensor, Tensor]] = {}
-    for horizon in horizons:
+    for place, horizon in enumerate(horizons):
         cut = at_horizon(td, horizon)
         rollouts, mask = cut[schema.ROLLOUT_TOKENS], cut[schema.ROLLOUT_MASK]
         distinct = distinct_rollouts(rollouts, mask) / rollouts.shape[2]
@@ -86,10 +104,8 @@ def _horizon_totals(td: TensorDictBase, maps: Mapping[str, FeatureMap], horizons
         own, own_mask = cut[schema.TARGET_TOKENS][:, :, None], cut[schema.TARGET_MASK][:, :, None]
         copies = _equal(rollouts, mask, own, own_mask).double().mean(-1)
         found[Quantity(names.COPIES, at=horizon)] = per_unit(copies, valid)
-        for name, feature_map in maps.items():
-            documents = schema.DOCUMENT_IDS in set(cut.keys())
-            embedded = as_module(feature_map, documents=documents)(cut.clone(False))
-            for metric, values in _matching(*whole_features(embedded)).items():
+        for name, cuts in embedded.items():
+            for metric, values in _matching(*whole_features(cuts[place])).items():
                 found[Quantity(metric, name, horizon)] = per_unit(values, valid)
     return found
 
