@@ -60,9 +60,10 @@ def backbone():
 
 @pytest.fixture
 def batch():
-    """Rollouts of 1 to 5 tokens, targets cut by the end of their row, and one rollout without any token."""
+    """Rollouts of 1 to 5 tokens and one without any, and a target that ends early."""
     made = make_batch()
     made.rollout_mask[0, 0, 3] = False
+    made.target_mask[0, 1, 3:] = False
     assert set(made.rollout_mask.sum(-1).flatten().tolist()) == {0, 1, 2, 3, 4, 5}
     return made
 
