@@ -172,6 +172,16 @@ def test_other_text_is_refused_and_may_be_forced(finished, short, tiny_text, tmp
     go(chosen, out, resume=True)
 
 
+def test_an_option_that_came_after_the_run_began_has_its_default(half, finished, short):
+    config = json.loads((half / "config.json").read_text())
+    del config["options"]["checkpointing"]
+    (half / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"--checkpointing True \(was False\)"):
+        go({**short, "checkpointing": True}, half, resume=True, explicit={"checkpointing"})
+    go(short, half, resume=True, explicit={"checkpointing"})
+    assert metrics(half) == metrics(finished)
+
+
 def test_force_without_resume_is_refused(short, tmp_path):
     with pytest.raises(UsageError, match="--force goes with --resume"):
         go(short, tmp_path / "run", force=True)

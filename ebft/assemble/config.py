@@ -49,14 +49,16 @@ TRAINING_ALONE = {
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """The `config.json` of the run in `out`.
+    """The `config.json` of the run in `out`; an option that came after that run began has its default.
 
     Raises:
         UsageError: it is not that of a run.
     """
+    from ebft.commands.derived import run_defaults
+
     try:
         config = json.loads((out / "config.json").read_text())
-        dict(config["options"])
+        config["options"] = {**run_defaults(), **config["options"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--resume: {out / 'config.json'} does not hold the options of a run") from error
     return config
