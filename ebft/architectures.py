@@ -96,6 +96,19 @@ def rounding(policy: CausalPolicy) -> float:
     return _ROUNDING["half" if half else "single"]
 
 
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model.
+
+    Raises:
+        UsageError: there is no list of as many as its configuration says.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise UsageError(f"{type(model).__name__}: no list of {wanted} decoder layers found")
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Positions that a table of learned position embeddings holds, None for a model without one."""
     for name, module in model.named_modules():

@@ -1,9 +1,10 @@
 """Several processes that train one policy together, as `torchrun` starts them; everything is a no-op for one alone.
 
-Data parallelism over the rows of a batch. Every process holds the whole policy and goes through the same batches; of
-the costly parts (sampling, embedding, scoring) it computes its own rows alone. What other rows need to be known for
-(baselines, whitening, metrics) is computed by all processes alike from the gathered rollouts and features, so nothing
-of it can differ from what one process computes. Gradients are summed, and all processes make the same update.
+Data parallelism over the rows of a batch. Every process holds the whole policy (unless it is sharded, see
+`ebft.sharding`) and goes through the same batches; of the costly parts (sampling, embedding, scoring) it computes its
+own rows alone. What other rows need to be known for (baselines, whitening, metrics) is computed by all processes alike
+from the gathered rollouts and features, so nothing of it can differ from what one process computes. Gradients are
+summed, and all processes make the same update.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def joined() -> Iterator[None]:
             backend, store=dist.PrefixStore("work", store), rank=own, world_size=processes, timeout=_TIMEOUT
         )
     try:
-        yield
+        with lost_processes():
+            yield
     except UsageError as error:  # the others may be gone, and the process is about to end: the group is left as it is
         error.told = (isinstance(error, ProcessLost) and own != 0) or _told(dist.PrefixStore("errors", store), error)
         raise
@@ -269,6 +271,18 @@ def _told(store: dist.Store, error: UsageError) -> bool:
         return store.check(["first"]) and store.get("first").decode() == str(error)
     except RuntimeError:  # it has taken the store with it
         return False
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """`ProcessLost` for a connection that breaks inside, among much else that may go wrong there."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # which raises errors of no kind of their own
+            with _clear_errors():
+                raise
+        raise
 
 
 @contextmanager

@@ -81,36 +81,36 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         UsageError: the disk is full or may not be written.
     """
-    temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
+    beside, old = temporary(path), path.with_name(f".{path.name}.old")
     with clear_disk_errors(path):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            make_folder(temporary)
-            fill(temporary)
-            for part in (*temporary.rglob("*"), temporary):
+            shutil.rmtree(beside, ignore_errors=True)
+            make_folder(beside)
+            fill(beside)
+            for part in (*beside.rglob("*"), beside):
                 sync(part)
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             try:
-                temporary.rename(path)
+                beside.rename(path)
             except OSError:
                 if old.exists():
                     old.rename(path)
                 raise
             sync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder that has a meaning while it has its name: it loses the name first, then its content."""
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    path.rename(temporary)
-    shutil.rmtree(temporary)
+    beside = temporary(path)
+    shutil.rmtree(beside, ignore_errors=True)
+    path.rename(beside)
+    shutil.rmtree(beside)
 
 
 def make_folder(path: Path) -> None:
@@ -186,5 +186,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """Where a folder is written before it gets the name `path`."""
     return path.with_name(f".{path.name}.tmp")

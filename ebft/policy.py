@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ebft import attention, comb_sampling, comb_scoring
-from ebft.architectures import comb_differs, position_limit, refuse_unknown_head, why_not_a_comb
+from ebft.architectures import comb_differs, decoder_layers, position_limit, refuse_unknown_head, why_not_a_comb
+from ebft.distributed import is_first
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
 from ebft.layout import NestedPrefixLayout
@@ -26,6 +27,9 @@ from ebft.loading import add_adapters, choose_device, choose_precision, load_cau
 from ebft.offload import Offload, frozen_copy, move_to_cpu
 from ebft.rows import row_states
 from ebft.taps import layer_outputs, recomputed
+
+if TYPE_CHECKING:
+    from ebft.sharding import ShardedModel
 
 # Kernels of a policy: those of a comb, and one plain forward pass per rollout.
 KERNELS = (*attention.KERNELS, "rows")
@@ -77,6 +81,7 @@ class CausalPolicy:
         self.offload_frozen = offload_frozen
         self.offload: Offload | None = None  # of the weights of this policy itself, if it is frozen
         self.adapters_off = False
+        self.sharded: ShardedModel | None = None  # see `ebft.sharding.shard`
         self._plain_attention = self.causal_lm.config._attn_implementation
         model.eval()
         self.not_shared = why_not_a_comb(self.causal_lm)
@@ -133,7 +138,10 @@ class CausalPolicy:
         if hasattr(self.model, "disable_adapter"):
             frozen.adapters_off = True
             return frozen
-        if self.offload_frozen:
+        if self.sharded is not None:
+            frozen.model = frozen.causal_lm = self.sharded.skeleton()
+            frozen.sharded = type(self.sharded)(frozen.model, frozen._layers(), like=self.sharded)
+        elif self.offload_frozen:
             frozen.model = frozen.causal_lm = frozen_copy(self.causal_lm)
             frozen.offload = Offload(frozen.model, self.device)
         else:
@@ -147,8 +155,13 @@ class CausalPolicy:
         self.offload = Offload(self.model, device)
 
     def save_pretrained(self, path) -> None:
-        """Write the policy as a plain Hugging Face folder, adapters merged; see `ebft.export.save_causal_lm`."""
-        save_causal_lm(self.model, self.tokenizer, Path(path))
+        """Write the policy as a plain Hugging Face folder, adapters merged; see `ebft.export.save_causal_lm`.
+
+        Of a sharded policy all processes call it, and the first one writes.
+        """
+        model = self.model if self.sharded is None else self.sharded.on_first(first=is_first())
+        if model is not None:
+            save_causal_lm(model, self.tokenizer, Path(path))
 
     def _choose_kernel(self, kernel: str | None) -> str:
         if kernel is None:
@@ -252,11 +265,7 @@ class CausalPolicy:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _layers(self) -> nn.ModuleList:
-        wanted = self.causal_lm.config.get_text_config().num_hidden_layers
-        for module in self.causal_lm.base_model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == wanted:
-                return module
-        raise UsageError(f"{type(self.causal_lm).__name__}: no list of {wanted} decoder layers found")
+        return decoder_layers(self.causal_lm)
 
     # ---- over combs
 

@@ -45,7 +45,7 @@ def layer_outputs(
     handles = [
         blocks[layer - 1].register_forward_hook(partial(leaving, layer))
         if layer
-        else blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
+        else blocks[0].register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
         for layer in set(layers)
     ]
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ebft import schema
 from ebft.distributed import ProcessLost, any_process, by_items, by_rows, check_same, joined, rank, share, sum_gradients
@@ -27,6 +28,7 @@ from ebft.loops import run as run_module
 from ebft.loops.history import History
 from ebft.loops.train import train
 from ebft.objectives.losses import EBFTLoss
+from ebft.sharding import local
 from tests.runs import go, parts, tiny_options, write_tiny_model, write_tiny_text
 
 COUNTS = (1, 2, 4)
@@ -102,9 +104,9 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
     return results
 
 
-def whole_run(options: dict[str, Any], out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """A run of the command line; what this process saw of it."""
-    rollouts, policies, records = [], [], []
+def whole_run(options: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    """A run of the command line; what this process saw of it. `how` is for `tests.runs.go`."""
+    rollouts, policies, optimizers, records = [], [], [], []
     observe = History.observe
 
     def observing(self, td):
@@ -113,15 +115,27 @@ def whole_run(options: dict[str, Any], out: Path, *, resume: bool = False) -> di
 
     def recording(policy, *args, **kwargs):
         policies.append(policy)
+        optimizers.append(kwargs["optimizer"])
         for record in train(policy, *args, **kwargs):
             records.append(record)
             yield record
 
     History.observe, run_module.train = observing, recording
     with joined():
-        said = go(options, out, resume=resume)
-    weights = {name: weight.detach().clone() for name, weight in policies[0].trainable().items()}
-    return {"rollouts": rollouts, "records": records, "weights": weights, "said": said}
+        said = go(options, out, **how)
+        trained = policies[0].trainable()
+        weights = {name: whole_tensor(weight.detach()) for name, weight in trained.items()}
+        states = [v for own in optimizers[0].state.values() for v in own.values() if v.ndim]
+        held = {
+            "weights": sum(local(weight).numel() for weight in policies[0].model.parameters()),
+            "states": sum(local(state).numel() for state in states),
+        }
+    return {"rollouts": rollouts, "records": records, "weights": weights, "said": said, "held": held}
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of a sharded tensor the whole of it, for which all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def broken_run(options: dict[str, Any], out: Path) -> str:

@@ -160,10 +160,14 @@ def test_a_process_that_raises_ends_the_run_which_any_number_of_processes_resume
 
 @linux
 def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, tmp_path):
-    """The command that people type; the second of two processes gets SIGKILL, and one process ends the run."""
+    """The command that people type; the second of two processes gets SIGKILL, and one process ends the run.
+
+    They share the weights, so that one may miss the other in any of FSDP's steps as well as in ours.
+    """
     out = tmp_path / "run"
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "cli.py"), "run", "--out", str(out), "--held-out", "2"]
+    command += ["--shard"]
     command += ["--policy", str(tiny_folder), "--data", str(tiny_text), "--features", "ngram", "--device", "cpu"]
     command += [
         "--length",

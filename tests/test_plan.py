@@ -182,6 +182,28 @@ def test_the_command_prints_a_plan(options):
     assert adapters.parts["optimizer"] < plan.parts["optimizer"] / 2
 
 
+def test_processes_that_share_hold_less(options):
+    """Of a tiny model by hand: 2 layers of 32 x 32, 2 of 16 x 32, 3 of 48 x 32 and 2 norms; 4 processes."""
+    chosen = {**options, "features": "hidden", "kl": 0.1, "batch": 12}
+    console = Console(file=io.StringIO(), width=100)
+    apart, shared = (
+        plan_from_options({**chosen, "shard": shard}, processes=4, console=console) for shard in (False, True)
+    )
+    vocabulary = AutoConfig.from_pretrained(options["policy"]).vocab_size
+    layer = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32)
+    rest = 4 * (vocabulary * 32 + 32)
+    held = {name: size for name, size in apart.parts.items() if name not in ("process", "feature backbone")}
+    assert held["weights"] == held["frozen copy"] == 2 * layer + rest
+    assert {name: 4 * shared.parts[name] for name in held} == held
+    assert shared.stages["sample"] - apart.stages["sample"] == pytest.approx(2 * layer + rest)
+    assert shared.stages["embed"] - apart.stages["embed"] == pytest.approx(2 * layer + rest)
+    assert shared.stages["score"] - apart.stages["score"] == pytest.approx(rest + 2 * layer + 2 * layer)  # backward
+    assert 4 * shared.stages["update"] == pytest.approx(apart.stages["update"])
+    assert "weights shared" in console.file.getvalue()
+    alone = plan_from_options({**chosen, "shard": True}, processes=1, console=console)
+    assert alone.parts["weights"] == apart.parts["weights"]
+
+
 @pytest.mark.parametrize(
     ("chosen", "processes", "message"),
     [

@@ -35,6 +35,7 @@ TRAINING_ALONE = {
         "micro_batch",
         "checkpointing",
         "offload_reference",
+        "shard",
         "save_every",
         "eval_every",
         "keep",

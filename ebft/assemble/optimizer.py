@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ebft.components import choose
+from ebft.components.optimizers import NOT_OF_SHARES
+from ebft.errors import UsageError
 from ebft.loops.average import Average, check_decay
 from ebft.policy import CausalPolicy
 
@@ -33,6 +35,11 @@ def check_optimizer_options(options: Mapping[str, Any], resolved: Mapping[str, M
         UsageError: as `build_optimizer` and `build_average`.
     """
     build_optimizer([torch.zeros(1, 1)], options, resolved)
+    if options.get("shard") and options["optimizer"] in NOT_OF_SHARES:
+        raise UsageError(
+            f"--optimizer {options['optimizer']} with --shard: torch's does not take weights in shares; choose"
+            " another, as adamw"
+        )
     if options["ema"] is not None:
         check_decay(options["ema"])
 

@@ -19,6 +19,7 @@ from ebft.policy import CausalPolicy
 from ebft.samplers import full
 from ebft.samplers.component import sampler
 from ebft.samplers.stop import stopping
+from ebft.sharding import run_whole
 
 
 def build_features(
@@ -54,10 +55,11 @@ def build_pipeline(
         answers: the data carries `answer_mask`, and targets lie in answers alone.
         examples: of rows of prompts, by their entry `example`.
     """
-    stages: dict[str, Any] = {"sample": build_sampler(policy, options, resolved, answers=answers)}
+    stages: dict[str, Any] = {"sample": run_whole(build_sampler(policy, options, resolved, answers=answers), policy)}
     if options["features"] is not None:
         embed = feature_map or build_features(policy, reference, options, resolved).embed
-        stages["embed"] = as_module(embed, documents=options["sampler"] != "full")
+        running = [reference] if resolved["features"].get("backbone") == "start" else []
+        stages["embed"] = run_whole(as_module(embed, documents=options["sampler"] != "full"), *running)
     decode = decoder(policy.tokenizer, stop=_stop(options))
     by = schema.SEQUENCE_IDS if examples is None else schema.EXAMPLE
     stages["reward"] = build_reward(options, resolved, decode=decode, values=values, examples=examples, by=by)

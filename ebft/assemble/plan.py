@@ -52,7 +52,8 @@ def plan_from_options(options: Mapping[str, Any], *, processes: int, console: Co
 
     console.print("measuring the architecture with 1 and 2 layers, and products on this device", highlight=False)
     base = _resident() if device.type == "cpu" else 0
-    plan = predict(config, kind, step, make_optimizer=make, device=device)
+    sharers = processes if settled["shard"] else 1
+    plan = predict(config, kind, step, make_optimizer=make, device=device, sharers=sharers)
     if base:
         plan.parts["process"] = base
     _print(plan, settled, device, kind, processes, console)
@@ -128,6 +129,8 @@ def _print(
     plan: Plan, options: Mapping[str, Any], device: torch.device, kind: Kind, processes: int, console: Console
 ) -> None:
     where = f"{processes} {'process' if processes == 1 else 'processes, each'}, {device}"
+    if options["shard"]:
+        where += ", weights shared" if processes > 1 else ", nothing to share"
     memory = Table(title=f"Memory ({where})", title_justify="left")
     memory.add_column("held all the time")
     memory.add_column("GiB", justify="right")
@@ -148,7 +151,8 @@ def _print(
     if there and plan.peak > there:
         console.print(
             f"[bold red]more than the {there / _GIB:.1f} GiB that are free here:[/bold red] a smaller --micro-batch,"
-            " --checkpointing, --offload-reference, --lora, --dtype bfloat16 or more processes take less",
+            " --checkpointing, --offload-reference, --lora, --dtype bfloat16 or more processes, and of several --shard,"
+            " take less",
             highlight=False,
         )
     speed = Table(title="Time of a step, without held-out measurements", title_justify="left")

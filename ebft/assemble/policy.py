@@ -30,13 +30,18 @@ def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
 
 
 def check_offload(options: Mapping[str, Any]) -> None:
-    """Whether there is something that --offload-reference moves, and somewhere to move it.
+    """Whether there is something that --offload-reference moves, and somewhere to move it, and no one else has it.
 
     Raises:
         UsageError: there is not, or it cannot be moved.
     """
     if not options["offload_reference"]:
         return
+    if options.get("shard"):
+        raise UsageError(
+            "--offload-reference with --shard: each process has a share of the frozen copy alone, and gathers it when"
+            " it is used. Leave one of the two out"
+        )
     if choose_device(options["device"]).type == "cpu":
         raise UsageError(
             "--offload-reference: the device is cpu, and the frozen copy lies in CPU memory anyway. Leave it out, or"

@@ -33,7 +33,7 @@ from ebft.assemble.policy import load_policy
 from ebft.assemble.protections import say_protections
 from ebft.assemble.reward import build_values
 from ebft.assemble.rows import check_prompts, pack_data, read_data, with_tests
-from ebft.distributed import from_first, is_first
+from ebft.distributed import from_first, is_first, size
 from ebft.errors import UsageError
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import exclusive, write_atomically, write_json
@@ -41,6 +41,7 @@ from ebft.loops.calibrate import calibrate
 from ebft.loops.checkpoint import newest, step_of
 from ebft.loops.loggers import check_logger, open_logger
 from ebft.loops.run import open_folder, run
+from ebft.sharding import shard
 
 
 def run_from_options(
@@ -90,6 +91,10 @@ def run_from_options(
         data = with_tests(data, options, console=console)
     console.print(f"method {options['method']}, policy {options['policy']}", highlight=False)
     policy = load_policy(options)
+    if options["shard"] and size() == 1:
+        console.print("--shard: one process has nothing to share; it trains as without")
+    elif options["shard"]:
+        shard(policy)
     reference = policy.reference()
     values = build_values(options, resolved)
     embed = None

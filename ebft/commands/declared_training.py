@@ -54,6 +54,15 @@ def of_training(
             "--offload-reference",
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        option(
+            TRAINING,
+            "Of several processes (torchrun) each keeps its share of weights, gradients and optimizer states alone."
+            " The whole policy is gathered to sample and to measure, layer by layer to score.",
+            "--shard",
+        ),
+    ] = False,
     seed: Annotated[int, option(TRAINING, "Keys every random number of the run.")] = 0,
     held_out: Annotated[int, option(TRAINING, "Held-out sequences measured before and after.")] = 64,
     eval_every: Annotated[

@@ -60,7 +60,8 @@ def run(
     rollouts and text, mixed with cross-entropy (--ce) and a divergence from the start (--kl).
 
     Several GPUs, or machines: torchrun --nproc-per-node 8 cli.py run ... with the same options. The processes share the
-    sequences of every batch, and the run is the same as that of one process but for rounding.
+    sequences of every batch, and the run is the same as that of one process but for rounding. With --shard they share
+    the weights, gradients and optimizer states, too.
     """
     from transformers.utils import logging
 

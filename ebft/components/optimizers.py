@@ -15,6 +15,8 @@ from ebft.errors import UsageError
 
 # LBFGS wants to compute the loss several times a step, SparseAdam gradients that are sparse.
 _UNUSABLE = ("Optimizer", "LBFGS", "SparseAdam")
+# Those of torch that do not take sharded weights: two look at whole matrices, one indexes in place.
+NOT_OF_SHARES = ("adafactor", "muon", "rprop")
 # What of torch's signatures is an option here; each optimiser has some of them. `eps` where it is one number.
 _OPTIONS = ("momentum", "nesterov", "betas", "weight_decay", "eps")
 # The paper's (Tables 2 to 5) and its code's, where torch's are others.

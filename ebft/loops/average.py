@@ -51,7 +51,7 @@ class Average:
             self._put(own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: average.cpu() for name, average in self._average.items()}
+        return dict(self._average)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, average in self._average.items():

@@ -2,6 +2,8 @@
 
 A checkpoint is a folder `step-000040` with the trained weights (safetensors), the states of the optimizer and of every
 other part that has one, and a manifest with the SHA-256 of each file. It is written beside its final name and renamed.
+Of a sharded policy (`ebft.sharding`) each process writes its shares, see `ebft.loops.checkpoint_shards`; any number of
+processes, sharded or not, goes on from either kind.
 
 A checkpoint says what was reached, the options say how it goes on: hyperparameters are those of the optimizer that is
 restored into, and the scheduler is a function of the step. All random numbers of a run, and its order of the data, are
@@ -14,6 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 from warnings import catch_warnings, simplefilter
@@ -21,11 +24,15 @@ from warnings import catch_warnings, simplefilter
 import torch
 from safetensors.torch import load_file, save_file
 
+from ebft.distributed import from_all, from_first, is_first, rank, size
 from ebft.errors import UsageError
-from ebft.files import remove_folder, write_folder_atomically, write_json
+from ebft.files import clear_disk_errors, remove_folder, temporary, write_folder_atomically, write_json
+from ebft.loops.checkpoint_shards import FILES, cut_states, read_shards, shapes, write_shards
 from ebft.policy import CausalPolicy
+from ebft.sharding import cut
 
-_MANIFEST, _KIND = "manifest.json", "kind of optimizer"
+_WEIGHTS, _STATES, _MANIFEST = "weights.safetensors", "optimizer.pt", "manifest.json"
+_KIND = "kind of optimizer"
 _NAME = re.compile(r"step-\d+")
 
 
@@ -49,23 +56,36 @@ def save(
     """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep` up to it.
 
     `stateful` are the other parts with a state, by name. Checkpoints of later steps are removed too: they are of a
-    future that was given up, damaged as a rule.
+    future that was given up, damaged as a rule. Of a sharded policy all processes call it.
 
     Raises:
         UsageError: no disk space; the checkpoints that were there are untouched.
     """
 
+    sharded = policy.sharded is not None
+    writes = is_first() or not sharded
+
     def fill(target: Path) -> None:
-        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable().items()}
-        save_file(weights, target / "weights.safetensors")
-        with open(target / "optimizer.pt", "wb") as file:  # a file of ours, so that a full disk is told as such
-            states: dict[str, Stateful] = {"optimizer": optimizer, **(stateful or {})}
-            kind = {_KIND: type(optimizer).__name__}
-            torch.save({**kind, **{name: part.state_dict() for name, part in states.items()}}, file)
-        hashes = {path.name: _sha256(path) for path in sorted(target.iterdir())}
-        write_json(target / _MANIFEST, {"step": step, "sha256": hashes})
+        parts: dict[str, Stateful] = {"optimizer": optimizer, **(stateful or {})}
+        states, weights = {name: part.state_dict() for name, part in parts.items()}, policy.trainable()
+        if sharded:
+            from_first(None)  # the folder is there
+            states = write_shards(target, weights, states)
+        else:
+            whole = {name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}
+            save_file(whole, target / _WEIGHTS)
+        if writes:
+            with open(target / _STATES, "wb") as file:  # a file of ours, so that a full disk is told as such
+                torch.save({_KIND: type(optimizer).__name__, **states}, file)
+        hashes = _hashes(target, together=sharded)
+        if writes:
+            write_json(target / _MANIFEST, {"step": step, "sha256": hashes})
 
     path = folder / f"step-{step:06d}"
+    if not writes:
+        with clear_disk_errors(path):
+            fill(temporary(path))
+        return path
     write_folder_atomically(path, fill)
     prune(folder, step, keep=keep)
     return path
@@ -110,12 +130,14 @@ def restore(
         UsageError: the checkpoint is of another model (its weights have other names or shapes), or the scheduler is
             beyond its step.
     """
-    path = newest(folder, warn=warn)
+    path = from_first(newest(folder, warn=warn) if is_first() else None)
     if path is None:
         return 0
-    step = step_of(path)
-    _load_weights(path, policy)
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    step, trainable = step_of(path), policy.trainable()
+    weights, state = _read(path, trainable)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
     hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if state[_KIND] == type(optimizer).__name__:
         optimizer.load_state_dict(state["optimizer"])
@@ -132,16 +154,29 @@ def restore(
     return step
 
 
-def _load_weights(path: Path, policy: CausalPolicy) -> None:
-    weights, trainable = load_file(path / "weights.safetensors"), policy.trainable()
-    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+def _read(path: Path, trainable: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and states of a checkpoint of either kind, in the shares of `trainable` if that is sharded."""
+    shares = shapes(path)
+    whole = {} if shares else load_file(path / _WEIGHTS)
+    found = shares or {name: list(tensor.shape) for name, tensor in whole.items()}
     wanted = {name: list(parameter.shape) for name, parameter in trainable.items()}
     if found != wanted:
         different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise UsageError(f"checkpoint {path} is of another model: {len(different)} weights differ, as {different[0]}")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
+    state = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+    if shares:
+        return read_shards(path, trainable, state)
+    return {name: cut(tensor, trainable[name]) for name, tensor in whole.items()}, cut_states(state, trainable)
+
+
+def _hashes(folder: Path, *, together: bool) -> dict[str, str]:
+    """The SHA-256 of each file; with `together` all processes have written there and share the work."""
+    if together:
+        from_all(None)  # all have written
+    names = sorted(path.name for path in folder.iterdir())
+    own = names[rank() :: size()] if together else names
+    found = {name: _sha256(folder / name) for name in own}
+    return {name: value for part in (from_all(found) if together else [found]) for name, value in part.items()}
 
 
 def _advance(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
@@ -170,7 +205,9 @@ def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         hashes, step = dict(manifest["sha256"]), manifest["step"]
-        _ = hashes["weights.safetensors"], hashes["optimizer.pt"]
+        _ = hashes[_STATES]
+        if _WEIGHTS not in hashes and not any(fnmatch(name, FILES) for name in hashes):
+            raise KeyError(_WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError):
         return f"{_MANIFEST} cannot be read"
     if step != step_of(path):

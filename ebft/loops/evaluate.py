@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
 from ebft.loops.evaluation.quantities import per_unit
 from ebft.loops.evaluation.rollouts import EVALUATION_STEP, embed_at
-from ebft.loops.scoring import score
+from ebft.loops.scoring import score, score_start
 from ebft.loops.stages import Stage, at_step
 from ebft.loops.summary import doubling_horizons, whole_features
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
 from ebft.objectives.moments import conditional_feature_matching_loss, distinct_rollouts
 from ebft.policy import CausalPolicy
+from ebft.sharding import whole
 
 METRICS = ("feature_matching_loss", "cross_entropy", "kl", "distinct_rollouts", "reward")
 
@@ -75,18 +76,30 @@ def evaluate(
         yield {**_sums(td, first), "tokens": tokens, "times": clock.times(), "profile": along}, td
 
 
-def _score(policy: CausalPolicy, td: TensorDictBase, **options: Any) -> None:
-    """`score`, of several processes each its own rows."""
+def _score(
+    policy: CausalPolicy,
+    td: TensorDictBase,
+    *,
+    reference: CausalPolicy | None,
+    scoring: Mapping[str, float] | None,
+) -> None:
+    """`score`, of several processes each its own rows; of sharded policies one after the other is gathered."""
+
+    def gather(network: CausalPolicy, keys: list[Any], measure: Callable[[TensorDictBase], None]) -> None:
+        def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            part = td[share(len(td))].clone(False)
+            measure(part)
+            return tuple(part[key] for key in keys)
+
+        with whole(network):
+            found = by_rows(own, td[schema.TOKENS])
+        for key, value in zip(keys, found, strict=True):
+            td[key] = value
+
     keys = [schema.POLICY_LOG_PROB, schema.POLICY_TOKEN_LOG_PROB]
-    keys += [schema.REFERENCE_LOG_PROB] * (options["reference"] is not None)
-
-    def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        part = td[share(len(td))].clone(False)
-        score(policy, part, **options)
-        return tuple(part[key] for key in keys)
-
-    for key, value in zip(keys, by_rows(own, td[schema.TOKENS]), strict=True):
-        td[key] = value
+    gather(policy, keys, lambda part: score(policy, part, scoring=scoring))
+    if reference is not None:
+        gather(reference, [schema.REFERENCE_LOG_PROB], lambda part: score_start(reference, part, scoring=scoring))
 
 
 def _profile(td: TensorDictBase, embed: Stage) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], TensorDictBase]:

@@ -19,19 +19,30 @@ def read(values: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, torch.stack([value.detach().double() for value in values.values()]).tolist(), strict=True))
 
 
-def own_parts(td: TensorDictBase, micro_batch: int) -> list[TensorDictBase]:
-    """This process's rows of a batch, in parts of `micro_batch`; none where there are fewer rows than processes."""
-    own = td[share(len(td))]
-    return list(own.split(micro_batch)) if len(own) else []
+def own_parts(td: TensorDictBase, micro_batch: int, *, alike: bool = False) -> list[tuple[TensorDictBase, bool]]:
+    """This process's rows of a batch, in parts of `micro_batch`, and whether they count.
+
+    None where there are fewer rows than processes. With `alike` every process has as many parts as the others: one
+    that has fewer gets the first row again, which does not count.
+    """
+    own, count = td[share(len(td))], len(td)
+    parts = [(part, True) for part in own.split(micro_batch)] if len(own) else []
+    most = -(-len(range(count)[share(count, process=0)]) // micro_batch)
+    return parts + [(td[:1], False) for _ in range(most - len(parts)) if alike]
 
 
-def part_shares(rows: int, micro_batch: int) -> list[list[float]]:
+def part_shares(rows: int, micro_batch: int, *, alike: bool = False) -> list[list[float]]:
     """For each process, the share of a batch of `rows` in its parts up to the end of each of them.
 
-    Empty if the batch is one part.
+    Empty if the batch is one part. With `alike`, where gradients are summed over the processes after every part, the
+    share in the parts of all of them so far, as the only entry.
     """
-    counts = [share(rows, process=p).stop - share(rows, process=p).start for p in range(size())]
-    shares = [[min(done + micro_batch, count) / rows for done in range(0, count, micro_batch)] for count in counts]
+    counts = [len(range(rows)[share(rows, process=p)]) for p in range(size())]
+    ends = range(micro_batch, counts[0] + micro_batch, micro_batch)
+    if alike:
+        shares = [[sum(min(end, count) for count in counts) / rows for end in ends]]
+    else:
+        shares = [[min(done + micro_batch, count) / rows for done in range(0, count, micro_batch)] for count in counts]
     return shares if sum(map(len, shares)) > 1 else []
 
 
@@ -42,6 +53,7 @@ def of_update(
     *,
     names: Sequence[str],
     shares: Sequence[Sequence[float]],
+    alike: bool = False,
 ) -> dict[str, float]:
     """What is logged of one update, in one transfer.
 
@@ -50,6 +62,7 @@ def of_update(
         norm: of the whole gradient.
         sums: squared norms of this process's own gradient after each of its parts.
         shares: of :func:`part_shares`; empty where `sums` are not wanted.
+        alike: `sums` are of this process's share of the gradient of all processes.
 
     Returns:
         The terms of the whole batch, gradient_norm, and gradient_signal_to_noise where there are parts to compare.
@@ -57,7 +70,7 @@ def of_update(
     zero = torch.zeros((), dtype=torch.float64, device=norm.device)
     own = [terms.get(name, zero).double() for name in names]
     for process, division in enumerate(shares):
-        own += sums if process == rank() else [zero] * len(division)
+        own += sums if alike or process == rank() else [zero] * len(division)
     whole = sum_numbers(torch.stack(own)) if own else norm.new_empty(0)
     *values, total = torch.cat([whole, norm.double()[None]]).tolist()
     found = dict(zip(names, values, strict=False))

@@ -49,15 +49,23 @@ def term_names(
 
 
 def minibatch_parts(
-    objectives: Mapping[str, Objective], drawn: Mapping[str, TensorDictBase], count: int, micro_batch: int | None
-) -> list[list[tuple[str, TensorDictBase]]]:
-    """The parts that are scored at once, minibatch by minibatch, each with the name of its objective."""
-    found: list[list[tuple[str, TensorDictBase]]] = [[] for _ in range(count)]
+    objectives: Mapping[str, Objective],
+    drawn: Mapping[str, TensorDictBase],
+    count: int,
+    micro_batch: int | None,
+    *,
+    alike: bool = False,
+) -> list[list[tuple[str, TensorDictBase, bool]]]:
+    """The parts that are scored at once, minibatch by minibatch, each with the name of its objective.
+
+    The last of each says whether the part counts, see `own_parts`, which `alike` is of.
+    """
+    found: list[list[tuple[str, TensorDictBase, bool]]] = [[] for _ in range(count)]
     for label, objective in objectives.items():
         rows = objective.batch_size // count
         for place, part in enumerate(drawn[label].split(rows)):
-            own = own_parts(counted(part, objective.loss), micro_batch or rows)
-            found[place] += [(label, micro) for micro in own]
+            own = own_parts(counted(part, objective.loss), micro_batch or rows, alike=alike)
+            found[place] += [(label, micro, counts) for micro, counts in own]
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tensordict import TensorDictBase
 
-from ebft.distributed import ProcessLost, check_same, from_first, is_first
+from ebft.distributed import ProcessLost, check_same, from_first, is_first, lost_processes
 from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
@@ -125,7 +125,8 @@ def run(
             if first:
                 save_before(out, before)
         start = checkpoint.restore(checkpoints, **saved, scheduler=scheduler, warn=display.console.print)
-        check_same(policy.trainable().values(), start, what=f"the weights and the step of the checkpoint in {out}")
+        weights = [] if policy.sharded else policy.trainable().values()  # sharded ones differ
+        check_same(weights, start, what=f"the weights and the step of the checkpoint in {out}")
         if start and first:  # a kill may have come between a checkpoint and the removal of older ones
             checkpoint.prune(checkpoints, start, keep=keep)
         history.write()
@@ -160,25 +161,27 @@ def run(
         )
         saved_step = start
         try:
-            for record in display.track(records, label="training", total=steps, done=start, describe=watch_line):
-                history.append(record)
-                log_step(logger, record)
-                step = int(record["step"])
-                ended, stopping = controller is not None and controller.stopped, stop()
-                if step % save_every == 0 or step == steps or stopping or ended:
-                    if first:
-                        checkpoint.save(checkpoints, step, keep=keep, **saved)
-                    saved_step = step
-                if ended:
-                    display.console.print(f"training ends after step {step}: divergence {record['kl']:.4g} (--kl-stop)")
-                if stopping and step < steps:
-                    if first:
-                        write_report(out)
-                    raise Interrupted(
-                        f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
-                    )
-                if step < steps and not ended and step % max(eval_every, 1) == 0:
-                    measure_held_out(step)
+            with lost_processes():
+                for record in display.track(records, label="training", total=steps, done=start, describe=watch_line):
+                    history.append(record)
+                    log_step(logger, record)
+                    step = int(record["step"])
+                    ended, stopping = controller is not None and controller.stopped, stop()
+                    if step % save_every == 0 or step == steps or stopping or ended:
+                        if first or policy.sharded:
+                            checkpoint.save(checkpoints, step, keep=keep, **saved)
+                        saved_step = step
+                    if ended:
+                        reached = f"divergence {record['kl']:.4g}"
+                        display.console.print(f"training ends after step {step}: {reached} (--kl-stop)")
+                    if stopping and step < steps:
+                        if first:
+                            write_report(out)
+                        raise Interrupted(
+                            f"stopped after step {step} of {steps}, which is saved in {out}; --resume goes on"
+                        )
+                    if step < steps and not ended and step % max(eval_every, 1) == 0:
+                        measure_held_out(step)
         except NonFiniteLoss as error:
             kept = f"The checkpoint of step {saved_step} is kept." if saved_step else "There is no checkpoint yet."
             raise NonFiniteLoss(f"{error} {kept}") from error
@@ -194,6 +197,9 @@ def run(
 
         result = _result(before, after, history.rows, held_out)
         if not first:
+            if policy.sharded:
+                with final_weights():
+                    policy.save_pretrained(out / "policy")  # gives its share
             return result
         write_json(out / "evaluation.json", result)
         if "profile" in result:

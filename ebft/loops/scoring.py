@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -38,20 +39,38 @@ def score(
     if not has_rollouts(td):
         td[schema.POLICY_TOKEN_LOG_PROB] = token_log_prob(policy, td)
         return
-    inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
-    inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
-    options = {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
+    inputs, options = _of_rollouts(td, scoring)
     if reference is not None and divergence is None:
         # first, so that its weights and states are gone when those of the policy are kept for the backward pass
-        with torch.no_grad(), reference.resident():
-            td[schema.REFERENCE_LOG_PROB], _ = reference.score(*inputs, **options)
+        score_start(reference, td, scoring=scoring)
     start = None if divergence is None else reference
-    scored = policy.score(*inputs, **options, entropy=entropy, reference=start, divergence=divergence)
+    scored = forward(policy, *inputs, **options, entropy=entropy, reference=start, divergence=divergence)
     td[schema.POLICY_LOG_PROB], td[schema.POLICY_TOKEN_LOG_PROB] = scored[:2]
     if entropy:
         td[schema.POLICY_ENTROPY] = scored[2]
     if divergence is not None:
         td[schema.POLICY_DIVERGENCE] = scored[-1]
+
+
+def score_start(reference: CausalPolicy, td: TensorDictBase, *, scoring: Mapping[str, float] | None = None) -> None:
+    """Write the reference's log-probs of the rollouts into `td`."""
+    inputs, options = _of_rollouts(td, scoring)
+    with torch.no_grad(), reference.resident():
+        td[schema.REFERENCE_LOG_PROB], _ = forward(reference, *inputs, **options)
+
+
+def _of_rollouts(td: TensorDictBase, scoring: Mapping[str, float] | None) -> tuple[list[Tensor], dict[str, Any]]:
+    """What `CausalPolicy.score` wants of a batch with rollouts."""
+    inputs = [td[key] for key in (schema.TOKENS, schema.MASK, schema.ANCHORS, schema.ANCHOR_MASK)]
+    inputs += [td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]]
+    return inputs, {**(scoring or {}), "document_ids": td.get(schema.DOCUMENT_IDS, None)}
+
+
+def forward(policy: CausalPolicy, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    """`policy.score`, of a sharded policy by all processes alike."""
+    if policy.sharded is None:
+        return policy.score(*inputs, **options)
+    return policy.sharded.forward(policy.score, *inputs, **options)
 
 
 def token_log_prob(policy: CausalPolicy, td: TensorDictBase) -> Tensor:
@@ -60,7 +79,7 @@ def token_log_prob(policy: CausalPolicy, td: TensorDictBase) -> Tensor:
     nowhere = torch.ones(len(tokens), 1, dtype=torch.int64, device=tokens.device)  # one masked anchor
     nothing = torch.zeros(len(tokens), 1, 1, 1, dtype=torch.int64, device=tokens.device)
     documents = td.get(schema.DOCUMENT_IDS, None)
-    scored = policy.score(tokens, mask, nowhere, nowhere < 0, nothing, nothing > 0, document_ids=documents)
+    scored = forward(policy, tokens, mask, nowhere, nowhere < 0, nothing, nothing > 0, document_ids=documents)
     return scored[1]
 
 

@@ -18,6 +18,7 @@ from ebft.objectives.moments import (
     feature_matching_profile,
 )
 from ebft.objectives.scores import hold_last, whole
+from ebft.sharding import local
 
 
 def whole_features(td: TensorDictBase) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,6 @@ def doubling_horizons(longest: int) -> list[int]:
 
 
 def squared_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """Of the gradients that they hold: a scalar, float64."""
-    norms = [p.grad.norm().double() for p in parameters if p.grad is not None]
+    """Of the gradients that they hold, of sharded ones of this process's share: a scalar, float64."""
+    norms = [local(p.grad).norm().double() for p in parameters if p.grad is not None]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)

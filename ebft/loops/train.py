@@ -24,6 +24,7 @@ from ebft.objectives.kl_controllers import KLController
 from ebft.objectives.losses import EBFTLoss
 from ebft.objectives.schedules import Schedule
 from ebft.policy import CausalPolicy
+from ebft.sharding import clip_gradients, whole_head
 
 
 class NonFiniteLoss(UsageError):
@@ -61,7 +62,8 @@ def train(
     controller goes on as if it had never stopped.
 
     Of several processes (`ebft.distributed`) each scores its own rows of every batch; the gradients are summed, and the
-    update and the metrics are those of the whole batch in every process.
+    update and the metrics are those of the whole batch in every process. Of a sharded policy (`ebft.sharding`) each
+    process updates its share of the weights; the stages that run the policy are made by `ebft.sharding.run_whole`.
 
     Args:
         policy: trained in place.
@@ -100,7 +102,7 @@ def train(
         NonFiniteLoss: names the step and the term, before the weights are touched.
         UsageError: a batch that does not split into `minibatches`, or options that do not go together.
     """
-    parameters = list(policy.trainable().values())
+    parameters, sharded = list(policy.trainable().values()), policy.sharded is not None
     objectives = {"": Objective(pipeline, loss, data, batch_size, schedules or {}), **(further or {})}
     for objective in objectives.values():
         check_minibatches(objective.batch_size, minibatches, truncation=truncation)
@@ -126,34 +128,38 @@ def train(
 
         rate, history = optimizer.param_groups[0]["lr"], list[dict[str, float]]()
         rows = batch_size // minibatches
-        shares = [] if further else part_shares(rows, micro_batch or rows)
-        parts = minibatch_parts(objectives, drawn, minibatches, micro_batch)
+        shares = [] if further else part_shares(rows, micro_batch or rows, alike=sharded)
+        parts = minibatch_parts(objectives, drawn, minibatches, micro_batch, alike=sharded)
         for update, minibatch in ((update, part) for update in range(updates) for part in parts):
             names = term_names(objectives, drawn, mismatches=not history)
             terms: dict[str, Tensor] = {}
             sums: list[Tensor] = []  # squared norms of the gradient, from one part of the batch to the next
             optimizer.zero_grad(set_to_none=True)
-            for label, part in minibatch:
-                with clock("score"):
-                    own = objectives[label].loss
-                    exact = own.divergence  # of the policy as it is now; sampled log-probs of the start stay
-                    new = reference if own.kl_coefficient and (exact or not update) else None
-                    entropy = bool(own.entropy_coefficient)
-                    score(policy, part, reference=new, scoring=scoring, entropy=entropy, divergence=exact)
-                    if called("sampler_mismatch", label) in names:
-                        _add(terms, {called("sampler_mismatch", label): mismatch(part)})
-                    if truncation is not None and not update:
-                        correct_mismatch(part, cap=truncation)
-                    out = own(part)
-                _add(terms, {called(name, label): value.detach() for name, value in out.items()})
-                with clock("update"):
-                    sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-                    if not history and shares:
-                        sums.append(squared_norm(parameters))
+            for label, part, counts in minibatch:
+                own = objectives[label].loss
+                exact = own.divergence  # of the policy as it is now; sampled log-probs of the start stay
+                new = reference if own.kl_coefficient and (exact or not update) else None
+                with whole_head(new if exact else None):
+                    with clock("score"):
+                        entropy = bool(own.entropy_coefficient)
+                        score(policy, part, reference=new, scoring=scoring, entropy=entropy, divergence=exact)
+                        measured = called("sampler_mismatch", label) in names
+                        found = {"sampler_mismatch": mismatch(part)} if measured else {}
+                        if truncation is not None and not update:
+                            correct_mismatch(part, cap=truncation)
+                        out = own(part)
+                        found |= {name: value.detach() for name, value in out.items()}
+                    if counts:
+                        _add(terms, {called(name, label): value for name, value in found.items()})
+                    with clock("update"):
+                        (counts * sum(value for name, value in out.items() if name.startswith("loss_"))).backward()
+                        if not history and shares:
+                            sums.append(squared_norm(parameters))
             with clock("update"):
-                sum_gradients(parameters)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-                record = of_update(terms, norm, sums, names=names, shares=[] if history else shares)
+                if not sharded:  # then each backward pass has done it
+                    sum_gradients(parameters)
+                norm = clip_gradients(parameters, max_grad_norm or float("inf"))
+                record = of_update(terms, norm, sums, names=names, shares=[] if history else shares, alike=sharded)
                 _refuse_non_finite({name: record[name] for name in (*names, "gradient_norm")}, step)
                 optimizer.step()
                 if average is not None:

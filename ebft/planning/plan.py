@@ -20,6 +20,7 @@ from ebft.planning.memory import (
     scoring_bytes,
 )
 from ebft.planning.products import weights
+from ebft.planning.shares import Gathered, gathered
 from ebft.planning.speed import OVER_PRODUCTS, Device, stage_seconds, update_seconds
 from ebft.policy import HEAD_ROWS
 
@@ -93,8 +94,14 @@ class Step:
     offload: bool = False
 
 
-def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimizer, device: torch.device) -> Plan:
+def predict(
+    config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimizer, device: torch.device, sharers: int = 1
+) -> Plan:
     """The plan of a policy of architecture `config`.
+
+    Args:
+        sharers: how many processes share weights, gradients and states (`run --shard`); 1: each has all of them. Time
+            is without what they send.
 
     Raises:
         UsageError: layers whose products are not known (GPT-2).
@@ -116,21 +123,29 @@ def predict(config: Any, kind: Kind, step: Step, *, make_optimizer: MakeOptimize
     wide = max(step.sampled, step.measured, key=lambda work: work.rows)
     embed = rates["embed"].at(text.num_hidden_layers, wide.trunk, wide.teeth("embed")) if step.depth else 0.0
     scored = step.scored if step.rollouts else Work(step.scored.rows, step.scored.length, 0, 0, 1)
-    # the start scores one rollout of an anchor in held-out measurements, and all of them for a divergence in the loss
-    read = [replace(step.measured, rollouts=1), *[scored] * step.reference]
     visiting = frozen if step.offload else dict.fromkeys(frozen, 0.0)
     embedding = (visiting["feature backbone"] or visiting["frozen copy"]) * bool(step.depth)
+    extra = Gathered()
+    if sharers > 1:
+        sizes = {"whole": whole, "trained": trained, "frozen_bytes": frozen_bytes, "trained_bytes": trained_bytes}
+        extra = gathered(config, lora=bool(kind.lora), **sizes)
+        embedding += extra.whole * (step.depth > 0 and not step.backbone)
+    # the start scores one rollout of an anchor in held-out measurements, and all of them for a divergence in the loss
+    read = [(replace(step.measured, rollouts=1), extra.whole), *[(scored, extra.forward)] * step.reference]
     stages = {
-        "sample": sampling_bytes(config, kind, rates["embed"], wide, head_rows=HEAD_ROWS),
+        "sample": sampling_bytes(config, kind, rates["embed"], wide, head_rows=HEAD_ROWS) + extra.whole,
         "embed": embed + step.taps * wide.teeth("embed") + embedding,
         "score": max(
-            scoring_bytes(config, kind, rates["score"], scored, head_rows=HEAD_ROWS),
+            scoring_bytes(config, kind, rates["score"], scored, head_rows=HEAD_ROWS) + extra.backward,
             visiting["frozen copy"]
-            + max(reading_bytes(config, rates["embed"], work, head_rows=HEAD_ROWS) for work in read),
+            + max(reading_bytes(config, rates["embed"], work, head_rows=HEAD_ROWS) + more for work, more in read),
         ),
         # torch's optimizers make one more tensor of each weight, on a GPU of all weights at once
         "update": 4 * trained if device.type == "cuda" else 4 * text.vocab_size * text.hidden_size * (not kind.lora),
     }
+    if sharers > 1:
+        parts = {name: size if name == "feature backbone" else size / sharers for name, size in parts.items()}
+        stages["update"] /= sharers
     timed = Device(device)
     layer, head = linear_weights(config, kind, device)
     floor = stage_seconds(
