@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import progress
-from benchmarks.progress_recipes import MEASURE, METRICS, RECIPES, options_of
+from benchmarks import progress, progress_recipes, progress_report
+from benchmarks.progress_recipes import MEASURE, METRICS, RECIPES, options_of, parse
 from ebft.assemble import resolve_run, settle
 from ebft.assemble.evaluation import resolve_maps
+from ebft.cli import app
 from ebft.commands.derived import evaluate_defaults, parse_option, run_defaults
 from ebft.errors import UsageError
 from ebft.loops.evaluation.result import csv_bytes
@@ -216,3 +217,22 @@ def test_the_measurement_is_of_options_of_evaluate():
     assert resolve_maps({**defaults, "features": MEASURE["features"]}).keys() == {"hidden"}
     (loss, _) = METRICS.values()
     assert (loss.of, str(loss.at)) == (MEASURE["features"], MEASURE["horizons"])
+
+
+def test_a_cell_by_the_real_commands(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    """A tiny model, in this process: the flags are taken and the files hold what is read."""
+    shape = f"data={tiny_text} length=32 stride=7 first=5"
+    recipes = {"plain": f"{RECIPES['plain']} {shape} batch=2 rollouts=3"}
+    monkeypatch.setattr(progress, "POLICY", str(tiny_folder))
+    monkeypatch.setattr(progress, "MEASURE", MEASURE | parse(f"{shape} held_out=4 rollouts=3"))
+    monkeypatch.setattr(progress, "PROBE", 2)
+    for module in (progress, progress_recipes, progress_report):
+        monkeypatch.setattr(module, "RECIPES", recipes)
+    monkeypatch.setattr(progress, "command", lambda *arguments: app(list(arguments), standalone_mode=False))
+    text = sit(tmp_path, "plain", minutes=1e-4, seeds="0")
+    cell = json.loads((tmp_path / "cells" / "plain-0.json").read_text())
+    assert (cell["steps"], cell["measure"]["held_out"]) == (1, "4")
+    loss = cell["changes"]["feature_matching_loss"]
+    assert 0 < abs(loss["value"]) < 1
+    assert loss["standard_error"] > 0
+    assert f"| plain | 1 | {loss['value']:+.4f} ± – |" in text
