@@ -8,12 +8,13 @@ Models have the shapes of those names and random weights: speed does not ask wha
     step        steps of training as `run` takes them (hidden features), all weights trained: time and memory by stage
     adapters    the same with LoRA, the weights below in bfloat16
     sft         steps of cross-entropy alone over the same sequences
+    decode      sampling by each way to decode: shrinking shapes, torch.compile, one CUDA graph
     kernels     scoring with backward by each attention kernel
     reference   the authors' algorithm: N copies of the row, a full forward pass for every token
 
 Every piece of a model runs in a process of its own and is saved when it is done; those that OUT holds from the same
 machine and sizes are not run again. No piece is begun after --minutes, so that a machine lent for a while
-gives something whole: start it again for the rest. With `--device cpu --model tiny` everything runs in seconds.
+gives something whole: start it again for the rest. With `--device cpu --model tiny` everything runs in a minute.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from ebft.planning.speed import Device
 from ebft.policy import CausalPolicy
 from ebft.samplers import sampler
 from ebft.samplers.anchors import strided
+from ebft.static_decode import DECODES
 
 RESULTS = Path(__file__).parent / "results"
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -74,7 +76,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MEASURED = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")
-PIECES = ("ceilings", "step", "adapters", "sft", "kernels", "reference")
+PIECES = ("ceilings", "step", "adapters", "sft", "decode", "kernels", "reference")
 STAGES = ("sample", "embed", "reward", "score", "update", "step")
 
 
@@ -99,13 +101,14 @@ class Job:
     device: str
     sizes: Sizes
 
-    def policy(self, *, lora: int = 0, kernel: str | None = None) -> CausalPolicy:
+    def policy(self, *, lora: int = 0, kernel: str | None = None, decode: str = "eager") -> CausalPolicy:
         """The model with random weights."""
         choice = Choice("config:" + json.dumps(MODELS[self.model]), device=self.device, lora=lora)
         policy = choice.load()
         policy.checkpointing = True
         if kernel is not None:
             policy.kernel = policy._choose_kernel(kernel)
+        policy.static = policy._choose_decoder(decode)
         return policy
 
     def rows(self, policy: CausalPolicy) -> TensorDict:
@@ -189,6 +192,34 @@ def work(job: Job, policy: CausalPolicy) -> dict[str, int]:
     return {name: count * sizes.batch for name, count in each.items()}
 
 
+def decode(job: Job) -> dict[str, Any]:
+    """Seconds of sampling a batch, first call and best of three later ones, bytes, and the share of eager's tokens."""
+    found: dict[str, Any] = {}
+    tokens = None
+    for mode in DECODES:
+        try:
+            policy = job.policy(decode=mode)
+        except UsageError as error:
+            found[mode] = {"refused": str(error)}
+            continue
+        rows = job.rows(policy).to(policy.device)
+        given = rows[schema.TOKENS], rows[schema.MASK], *job.place(rows[schema.MASK])
+        options = {"rollouts": job.sizes.rollouts, "horizon": job.sizes.horizon, "seed": 0}
+        sample = partial(policy.sample, *given, **options)
+        first, (drawn, _, _) = seconds(sample, policy.device)
+        tokens = drawn if tokens is None else tokens
+        found[mode] = {
+            "first_seconds": first,
+            "seconds": min(seconds(sample, policy.device)[0] for _ in range(3)),
+            "bytes": peak_increase(sample, policy.device),
+            "same_tokens": float((drawn == tokens).float().mean()),
+            "graphs": 0 if policy.static is None else policy.static.graphs,
+        }
+        del policy, sample
+        gc.collect()
+    return found
+
+
 def kernels(job: Job) -> dict[str, Any]:
     """Seconds and bytes of scoring one micro-batch, with backward where the kernel has one on this device."""
     found: dict[str, Any] = {}
@@ -257,6 +288,7 @@ def measure(job: Job) -> dict[str, Any]:
         "step": step,
         "adapters": partial(step, lora=16),
         "sft": partial(step, rollouts=False),
+        "decode": decode,
         "kernels": kernels,
         "reference": reference,
     }

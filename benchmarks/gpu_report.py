@@ -62,6 +62,16 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [_number(value) for value in (*speeds, tops.get("gigabytes_per_second"))]
         cells += [_number(found.get(name)) for name in _COLUMNS]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| model | decode | sample s | first call s | GB | eager's tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, pieces in results["models"].items():
+        for mode, row in pieces.get("decode", {}).items():
+            if isinstance(row, dict) and "seconds" in row:
+                values = (row["seconds"], row["first_seconds"], row["bytes"] / 1e9, row["same_tokens"])
+                lines.append(f"| {model} | {mode} | " + " | ".join(map(_number, values)) + " |")
     lines += ["", "| model | kernel | score + backward s | GB |", "| --- | --- | --- | --- |"]
     for model, pieces in results["models"].items():
         for kernel, row in pieces.get("kernels", {}).items():

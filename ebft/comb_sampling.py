@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ebft import attention
+from ebft import attention, static_state
 from ebft.draw import check_sampling, draw, keyed_uniform, sampling_log_probs
 from ebft.layout import NestedPrefixLayout
 
@@ -38,7 +39,7 @@ def sample(
     """Draw N rollouts of G tokens from every nested prefix, sharing the prefixes.
 
     Each token is computed once: T token-forwards (up to the last anchor) and K·N·(G-1) more, fewer when rollouts
-    end early.
+    end early and `policy.decode` is ``eager``.
 
     Args:
         tokens, mask: [B,T] int64, bool; right-padded.
@@ -58,50 +59,72 @@ def sample(
         [B,K,N,G] bool (False at masked anchors and after EOS); tokens and log-probs are 0 where it is False.
 
     Raises:
-        UsageError: the model cannot share prefixes, a setting is out of range, or the text is too long for it.
+        UsageError: the model cannot share prefixes, a setting is out of range, the text is too long for it, or it
+            cannot be decoded as `policy.decode` says.
     """
     policy.require_shared()
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(**settings)
-    batch, count = anchors.shape
     if sequence_ids is None:
-        sequence_ids = torch.arange(batch, device=tokens.device)
+        sequence_ids = torch.arange(len(anchors), device=tokens.device)
     # nobody sees what follows the last anchor
     length = int(torch.where(anchor_mask, anchors, 1).max())
-    tokens, document_ids = tokens[:, :length], None if document_ids is None else document_ids[:, :length]
+    documents = None if document_ids is None else document_ids[:, :length]
     layout = NestedPrefixLayout(
-        anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=document_ids
+        anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=documents
     )
     policy.check_positions(layout)
-    drawn = torch.zeros(batch, count, rollouts, horizon, dtype=torch.int64, device=tokens.device)
-    log_prob = torch.zeros(drawn.shape, device=tokens.device)
-    alive = torch.zeros(drawn.shape, dtype=torch.bool, device=tokens.device)
-    first_position = layout.unpack(layout.positions())[1][..., 0].flatten()
-    # the live rollouts, as places of the flat [B*K*N]
-    live = anchor_mask[:, :, None].expand(-1, -1, rollouts).flatten().nonzero()[:, 0]
     with policy.computing():
         prefill = attention.Prefill(layout)
-        states = policy.backbone(tokens, layout.positions()[:, :length], prefill)
-        # at step 0 the N rollouts of an anchor share one distribution, afterwards each has its own
-        rows, columns = anchor_mask.nonzero(as_tuple=True)
-        states, shared = states[rows, layout.anchors[rows, columns] - 1], rollouts
-        for step in range(horizon):
-            uniform = keyed_uniform(seed, sequence_ids, layout.anchors, rollouts=rollouts, step=step)
-            numbers = uniform.flatten()[live].view(-1, shared)
-            token, chosen = _draw(policy, states, numbers, settings, None if step else first)
-            token, chosen = token.flatten(), chosen.flatten()
-            for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
-                whole.view(-1, horizon)[live, step] = new
-            keep = torch.ones_like(live, dtype=torch.bool) if eos is None else token != eos
-            live = live[keep]
-            if step == horizon - 1 or not len(live):
-                break
-            if step == 0:
-                decode = attention.Decode(layout, prefill.kept, live)
-            else:
-                decode.advance(keep)
-            states = policy.backbone(token[keep][None], (first_position[live] + step)[None], decode)[0]
-            shared = 1
+        states = policy.backbone(tokens[:, :length], layout.positions()[:, :length], prefill)
+        if policy.static is None:
+            uniform = partial(keyed_uniform, seed, sequence_ids, layout.anchors, rollouts=rollouts)
+            return _shrinking(policy, layout, prefill, states, uniform, settings, eos, first)
+        padded = static_state.padded(layout, width=tokens.shape[1], document_ids=document_ids)
+        numbers = keyed_uniform(seed, sequence_ids, padded.anchors, rollouts=rollouts, step=0).flatten(0, 1)
+        at_anchors = states.gather(1, (padded.anchors - 1)[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
+        drawn = _draw(policy, at_anchors, numbers, settings, first)
+        state = static_state.begin(prefill, padded, drawn, seed=seed, sequence_ids=sequence_ids, eos=eos)
+        return policy.static.run(state, settings, eos).results(layout.count)
+
+
+def _shrinking(
+    policy: CausalPolicy,
+    layout: NestedPrefixLayout,
+    prefill: attention.Prefill,
+    states: torch.Tensor,
+    uniform: Callable[..., torch.Tensor],
+    settings: dict[str, Any],
+    eos: int | None,
+    first: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All tokens from the hidden states [B,T,H] of the trunk; what has ended is left out of every later step."""
+    anchor_mask, horizon = layout.anchor_mask, layout.horizon
+    drawn = torch.zeros(*anchor_mask.shape, layout.rollouts, horizon, dtype=torch.int64, device=states.device)
+    log_prob = torch.zeros(drawn.shape, device=drawn.device)
+    alive = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
+    first_position = layout.unpack(layout.positions())[1][..., 0].flatten()
+    # the live rollouts, as places of the flat [B*K*N]
+    live = anchor_mask[:, :, None].expand(-1, -1, layout.rollouts).flatten().nonzero()[:, 0]
+    # at step 0 the N rollouts of an anchor share one distribution, afterwards each has its own
+    rows, columns = anchor_mask.nonzero(as_tuple=True)
+    states, shared = states[rows, layout.anchors[rows, columns] - 1], layout.rollouts
+    for step in range(horizon):
+        numbers = uniform(step=step).flatten()[live].view(-1, shared)
+        token, chosen = _draw(policy, states, numbers, settings, None if step else first)
+        token, chosen = token.flatten(), chosen.flatten()
+        for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
+            whole.view(-1, horizon)[live, step] = new
+        keep = torch.ones_like(live, dtype=torch.bool) if eos is None else token != eos
+        live = live[keep]
+        if step == horizon - 1 or not len(live):
+            break
+        if step == 0:
+            decode = attention.Decode(layout, prefill.kept, live)
+        else:
+            decode.advance(keep)
+        states = policy.backbone(token[keep][None], (first_position[live] + step)[None], decode)[0]
+        shared = 1
     return drawn, log_prob, alive
 
 

@@ -138,7 +138,12 @@ def _locate(masses: torch.Tensor, level: torch.Tensor, *, fraction: bool) -> tup
 
 
 def keyed_uniform(
-    seed: int | torch.Tensor, sequence_ids: torch.Tensor, anchors: torch.Tensor, *, rollouts: int, step: int
+    seed: int | torch.Tensor,
+    sequence_ids: torch.Tensor,
+    anchors: torch.Tensor,
+    *,
+    rollouts: int,
+    step: int | torch.Tensor,
 ) -> torch.Tensor:
     """One uniform number for each rollout of each anchor at one step.
 
@@ -147,7 +152,7 @@ def keyed_uniform(
         sequence_ids: [B] int64, what the sequences are called (not where they stand in the batch).
         anchors: [B,K] int64 prefix lengths.
         rollouts: N.
-        step: index of the token in its rollout, 0 <= step < G.
+        step: index of the token in its rollout, 0 <= step < G; an integer, or [] int64.
 
     Returns:
         [B,K,N] float64, multiples of 2^-53 in [0, 1).
@@ -160,7 +165,7 @@ def keyed_uniform(
         sequence_ids[:, None, None],
         anchors[:, :, None],
         torch.arange(rollouts, device=device)[None, None, :],
-        torch.full((1, 1, 1), step, dtype=torch.int64, device=device),
+        step.view(1, 1, 1) if isinstance(step, torch.Tensor) else torch.full((1, 1, 1), step, device=device),
     ):
         state = finalise(state ^ scramble(part))
     return shift_right(state, 11).double() * 2.0**-53

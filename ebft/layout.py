@@ -93,6 +93,11 @@ class NestedPrefixLayout:
         """[B,S] int64: the position of every slot inside its document; a tooth continues its prefix."""
         return self._position
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that tells this layout from others of the same sizes."""
+        described = (self._position, self._document, self._limit, self._tooth)
+        return self.anchors, self.anchor_mask, *described
+
     def pack(self, trunk: torch.Tensor, teeth: torch.Tensor) -> torch.Tensor:
         """[B,T,...] and [B,K,N,G,...] -> [B,S,...]."""
         return torch.cat([trunk, teeth.flatten(1, 3)], 1)

@@ -26,6 +26,7 @@ from ebft.layout import NestedPrefixLayout
 from ebft.loading import add_adapters, choose_device, choose_precision, load_causal_lm
 from ebft.offload import Offload, frozen_copy, move_to_cpu
 from ebft.rows import row_states
+from ebft.static_decode import DECODES, StaticDecoder
 from ebft.taps import layer_outputs, recomputed
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ class CausalPolicy:
         checkpointing: keep only what enters each decoder layer for the backward pass of `score`, and compute the rest
             again: about a third more time, a fraction of the memory.
         head_rows: rows of the head computed at once.
+        decode: how `sample` runs its steps: ``eager``, without what has ended; ``compile`` or ``graph``, with static
+            shapes through torch.compile or as one CUDA graph (`ebft.static_decode`).
         offload_frozen: keep `reference()`, where it is a copy, and other frozen networks of this policy in CPU memory
             while they are not used.
 
     Raises:
-        UsageError: an encoder-decoder; a model that does something unknown to its logits; a kernel that is unknown or
-            that the model cannot use.
+        UsageError: an encoder-decoder; a model that does something unknown to its logits; a kernel or a way to decode
+            that is unknown or that the model cannot use.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class CausalPolicy:
         kernel: str | None = None,
         checkpointing: bool = False,
         head_rows: int = HEAD_ROWS,
+        decode: str = "eager",
         offload_frozen: bool = False,
     ):
         self.model, self.tokenizer = model, tokenizer
@@ -92,6 +96,7 @@ class CausalPolicy:
             self.causal_lm.set_attn_implementation(self._plain_attention)
         refuse_unknown_head(self)
         self.kernel = self._choose_kernel(kernel)
+        self.static = self._choose_decoder(decode)
 
     @classmethod
     def from_pretrained(
@@ -105,7 +110,7 @@ class CausalPolicy:
             dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; with adapters the frozen
                 weights are kept in bfloat16) or a torch dtype's name for weights and compute.
             lora: rank of LoRA adapters, None for full fine-tuning; `seed` draws their start.
-            options: `kernel`, `checkpointing`, `head_rows`, `offload_frozen`.
+            options: `kernel`, `checkpointing`, `head_rows`, `decode`, `offload_frozen`.
 
         Raises:
             UsageError: anything that cannot be loaded, chosen or served.
@@ -135,6 +140,7 @@ class CausalPolicy:
     def reference(self) -> CausalPolicy:
         """The policy as it is now, frozen: a copy; with fresh LoRA adapters the same weights with the adapters off."""
         frozen = copy.copy(self)
+        frozen.static = None  # it has the policy's weights; a reference scores
         if hasattr(self.model, "disable_adapter"):
             frozen.adapters_off = True
             return frozen
@@ -171,6 +177,20 @@ class CausalPolicy:
         if self.not_shared and kernel != "rows":
             raise UsageError(f"kernel {kernel!r}: {self._cannot_share()}; use 'rows', or leave the kernel out")
         return kernel
+
+    def _choose_decoder(self, decode: str) -> StaticDecoder | None:
+        if decode not in DECODES:
+            raise UsageError(f"decode {decode!r}: expected one of {', '.join(DECODES)}")
+        if decode == "eager":
+            return None
+        if self.not_shared:
+            raise UsageError(f"decode {decode!r}: {self._cannot_share()}; use 'eager'")
+        if decode == "graph" and self.device.type != "cuda":
+            raise UsageError(
+                f"decode 'graph': the device is {self.device.type}, and CUDA graphs are of GPUs; use 'eager' or"
+                " 'compile'"
+            )
+        return StaticDecoder(self, decode)
 
     def require_shared(self) -> None:
         """Raise UsageError if the model cannot share a prefix between rollouts; it names the samplers that can."""

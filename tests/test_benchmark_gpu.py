@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_report
+from ebft import static_decode
 from ebft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def results(tmp_path_factory):
     """All pieces, in this process: one of its own is tested below."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "in_fresh_process", lambda function, *args: function(*args))
+        patch.setattr(static_decode, "BACKEND", "eager")  # a compiler of C++ takes long
         out = tmp_path_factory.mktemp("gpu")
         return out, run(out)
 
@@ -41,9 +43,13 @@ def test_every_piece_is_measured(results):
     assert pieces["adapters"]["trained"] < pieces["step"]["trained"] == pieces["step"]["weights"]
     assert pieces["kernels"]["chunked"]["backward"]
     assert not pieces["kernels"]["flex"]["backward"]
+    eager, compiled, graph = (pieces["decode"][mode] for mode in ("eager", "compile", "graph"))
+    assert eager["same_tokens"] == compiled["same_tokens"] == 1
+    assert (eager["graphs"], compiled["graphs"]) == (0, 2)
+    assert "CUDA graphs are of GPUs" in graph["refused"]
     assert set(pieces["reference"]["seconds_of_a_sequence"]) == {"sample", "embed", "score and update"}
     text = (out / "gpu.md").read_text()
-    for words in ("| tiny | step |", "| tiny | sft |", "flex (forward alone)", "(aim 8×)"):
+    for words in ("| tiny | step |", "| tiny | compile |", "| tiny | sft |", "flex (forward alone)", "(aim 8×)"):
         assert words in text
 
 

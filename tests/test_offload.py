@@ -201,6 +201,10 @@ def test_the_plan_moves_the_copy_from_what_is_held_to_the_stages(options, monkey
     assert staying.stages["score"] <= away.stages["score"] <= staying.stages["score"] + size
     own, _ = plan(backbone="random", offload_reference=True)
     assert own.offloaded == {"frozen copy": size, "feature backbone": size}
+    captured, _ = plan(decode="graph")
+    assert staying.parts["decoding graphs"] == 0
+    # 2 layers of 2 heads of 8 for keys and for values, in float32; K = 3, N = 3, G = 4; batches of 3 and of 6 rows
+    assert captured.parts["decoding graphs"] == 2 * 2 * 8 * 2 * 4 * (3 + 6) * (32 + 3 * 3 * (4 - 1))
     named, _ = plan(backbone=options["policy"])
     assert named.parts["feature backbone"] == size
     adapted, _ = plan(backbone="random", lora=2)

@@ -9,7 +9,7 @@ from typing import Any
 from ebft.assemble.answers import ANSWERS, answer_options
 from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
-from ebft.assemble.policy import check_offload
+from ebft.assemble.policy import check_decode, check_offload
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
@@ -157,6 +157,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options["epochs"] is not None and not options["epochs"] > 0:
         raise UsageError(f"--epochs {options['epochs']}: expected a number > 0")
     check_loss_options(options)
+    check_decode(options)
     check_offload(options)
     check_reward_options(options)
     check_stop(options)

@@ -105,6 +105,7 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         reference=bool(options["kl"]),
         average=options["ema"] is not None,
         backbone=backbone,
+        captured=options["decode"] == "graph",
         offload=options["offload_reference"],
     )
 

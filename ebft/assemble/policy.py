@@ -12,10 +12,11 @@ from ebft.loading import choose_device
 from ebft.memory import keep_freed_memory
 from ebft.objectives.kl import EXACT
 from ebft.policy import CausalPolicy
+from ebft.static_decode import DECODES
 
 
 def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
-    """The policy that --policy, --lora, --device, --dtype, --attention and --checkpointing describe."""
+    """The policy that --policy, --lora, --device, --dtype, --attention, --decode, ... describe."""
     keep_freed_memory()
     return CausalPolicy.from_pretrained(
         policy_folder(options["policy"]),
@@ -25,8 +26,32 @@ def load_policy(options: Mapping[str, Any]) -> CausalPolicy:
         seed=options["seed"],
         kernel=options["attention"],
         checkpointing=options["checkpointing"],
+        decode=options["decode"],
         offload_frozen=options.get("offload_reference", False),
     )
+
+
+def check_decode(options: Mapping[str, Any]) -> None:
+    """Whether --decode is known, and of the sampler.
+
+    Raises:
+        UsageError: it is not.
+    """
+    name = options["decode"]
+    if name not in DECODES:
+        raise UsageError(f"--decode {name}: expected one of {', '.join(DECODES)}")
+    if name == "graph" and choose_device(options["device"]).type == "cpu":
+        raise UsageError("--decode graph: CUDA graphs are of GPUs, and the device is cpu; use eager or compile")
+    if name != "eager" and options.get("shard"):
+        raise UsageError(
+            f"--decode {name} with --shard: weights that are gathered for each batch are never where they were when"
+            " the steps were compiled. Use --decode eager"
+        )
+    if name != "eager" and options["sampler"] in ("independent", "snapshot"):
+        raise UsageError(
+            f"--decode {name}: --sampler {options['sampler']} has no steps in static shapes; strided, random and full"
+            " have"
+        )
 
 
 def check_offload(options: Mapping[str, Any]) -> None:

@@ -31,6 +31,11 @@ class Prefill:
     def __post_init__(self):
         self._masks = PerKey(partial(trunk_mask, self.layout))
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding windows of the layers that were run, each once."""
+        return tuple(self._masks)
+
     def __call__(self, layer, query, key, value, rule):
         self.kept[layer] = (key.contiguous(), value.contiguous())
         return attend(query, key, value, self._masks[rule.window], rule)

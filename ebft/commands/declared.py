@@ -33,6 +33,14 @@ def of_model(
             " (default: the fastest known for model and device)",
         ),
     ] = None,
+    decode: Annotated[
+        str,
+        option(
+            MODEL,
+            "Steps of sampling: eager, without the rollouts that have ended; compile or graph, in static shapes by"
+            " torch.compile or as one CUDA graph.",
+        ),
+    ] = "eager",
     checkpointing: Annotated[
         bool, option(MODEL, "Compute activations again in backward: less memory, more time.", "--checkpointing")
     ] = False,

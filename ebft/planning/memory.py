@@ -105,15 +105,21 @@ def measure_rates(config: Any, kind: Kind) -> dict[str, Rates]:
     return rates
 
 
-def sampling_bytes(config: Any, kind: Kind, embed: Rates, work: Work, *, head_rows: int) -> float:
-    """Keys and values of the sequences and of the rollouts drawn so far, and one layer at work, or the head."""
+def kept_bytes(config: Any, kind: Kind, work: Work) -> float:
+    """Keys and values of the sequences, and of the rollouts but for their last tokens."""
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     each = 2 * heads * width * text.num_hidden_layers * (kind.autocast or kind.weights).itemsize
-    kept = each * (work.trunk + work.columns * (work.horizon - 1))
-    drawing = 4 * 4 * text.vocab_size * head_rows  # logits, log-probs, probabilities and their running sums
-    return kept + max(embed.at(1, work.trunk, 0), embed.at(1, work.columns, 0), drawing)
+    return each * (work.trunk + work.columns * (work.horizon - 1))
+
+
+def sampling_bytes(config: Any, kind: Kind, embed: Rates, work: Work, *, head_rows: int) -> float:
+    """Keys and values of the sequences and of the rollouts drawn so far, and one layer at work, or the head."""
+    drawing = (
+        4 * 4 * config.get_text_config().vocab_size * head_rows
+    )  # logits, log-probs, probabilities and their running sums
+    return kept_bytes(config, kind, work) + max(embed.at(1, work.trunk, 0), embed.at(1, work.columns, 0), drawing)
 
 
 def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_rows: int) -> float:

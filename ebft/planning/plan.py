@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ebft.planning.memory import (
     Kind,
     Work,
+    kept_bytes,
     measure_rates,
     probe_policy,
     reading_bytes,
@@ -76,6 +77,7 @@ class Step:
         reference: whether the frozen start scores too.
         average: whether a running average of the weights is kept.
         backbone: bytes of a feature backbone of its own; 0 where the features are the start's, or of no network.
+        captured: whether the steps of sampling are CUDA graphs, which keep their keys and values.
         offload: whether frozen networks lie in CPU memory while they are not used.
     """
 
@@ -91,6 +93,7 @@ class Step:
     reference: bool = False
     average: bool = False
     backbone: float = 0.0
+    captured: bool = False
     offload: bool = False
 
 
@@ -118,6 +121,8 @@ def predict(
         "gradients": trained * trained_bytes,
         "optimizer": trained * per_weight * trained_bytes / 4,
         "average": 4 * trained * step.average,
+        "decoding graphs": sum(kept_bytes(config, kind, work) for work in (step.sampled, step.measured))
+        * step.captured,
     }
     rates = measure_rates(config, kind)
     wide = max(step.sampled, step.measured, key=lambda work: work.rows)
