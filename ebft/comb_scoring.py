@@ -76,36 +76,40 @@ def score(
         document_ids=document_ids,
     )
     real = rollout_mask & anchor_mask[:, :, None, None]
+    later_real, known = real[..., 1:], mask[:, 1:]
+    # a GPU waits for the host where it asks how many are real: once for each mask
+    rows, columns = anchor_mask.nonzero(as_tuple=True)
+    at_later, at_known = (selected.flatten().nonzero()[:, 0] for selected in (later_real, known))
     trunk, teeth = policy.states(layout, tokens, rollout_tokens[..., :-1], None)[-1]
     with policy.computing():
-        rows, columns = anchor_mask.nonzero(as_tuple=True)
         at_anchors = trunk[rows, layout.anchors[rows, columns] - 1]
         first, first_entropy = _select(policy, at_anchors, rollout_tokens[rows, columns, :, 0], settings, entropy)
-        later_real = real[..., 1:]
-        later, later_entropy = _select(
-            policy, teeth[later_real], rollout_tokens[..., 1:][later_real][:, None], settings, entropy
+        in_teeth = teeth.flatten(0, 3)[at_later]
+        later_tokens = rollout_tokens[..., 1:].flatten()[at_later, None]
+        later, later_entropy = _select(policy, in_teeth, later_tokens, settings, entropy)
+        own, _ = _select(
+            policy, trunk[:, :-1].flatten(0, 1)[at_known], tokens[:, 1:].flatten()[at_known, None], {}, False
         )
-        known = mask[:, 1:]
-        own, _ = _select(policy, trunk[:, :-1][known], tokens[:, 1:][known][:, None], {}, False)
 
-    def whole(at_first: torch.Tensor, at_later: torch.Tensor) -> torch.Tensor:
-        start = at_first.new_zeros(rollout_tokens.shape[:3]).index_put((rows, columns), at_first)
-        rest = at_later.new_zeros(later_real.shape).masked_scatter(later_real, at_later)
+    def whole(of_first: torch.Tensor, of_later: torch.Tensor) -> torch.Tensor:
+        start = of_first.new_zeros(rollout_tokens.shape[:3]).index_put((rows, columns), of_first)
+        rest = of_later.new_zeros(later_real.numel()).index_put((at_later,), of_later).view(later_real.shape)
         return torch.where(real, torch.cat([start[..., None], rest], -1), 0.0)
 
-    results = (whole(first, later[:, 0]), own.new_zeros(known.shape).masked_scatter(known, own[:, 0]))
+    of_trunk = own.new_zeros(known.numel()).index_put((at_known,), own[:, 0]).view(known.shape)
+    results = (whole(first, later[:, 0]), of_trunk)
     if entropy:
         spread = first_entropy[:, None].expand(-1, rollouts)  # type: ignore[index]
         results = (*results, whole(spread, later_entropy))  # type: ignore[arg-type, assignment]
     if divergence is not None and reference is not None:
         with torch.no_grad():
             their_trunk, their_teeth = reference.states(layout, tokens, rollout_tokens[..., :-1], None)[-1]
-        theirs = their_trunk[rows, layout.anchors[rows, columns] - 1], their_teeth[later_real]
-        at_first, at_later = (
+        theirs = their_trunk[rows, layout.anchors[rows, columns] - 1], their_teeth.flatten(0, 3)[at_later]
+        of_first, of_later = (
             _compare(policy, divergence, states, reference, other, temperature)
-            for states, other in zip((at_anchors, teeth[later_real]), theirs, strict=True)
+            for states, other in zip((at_anchors, in_teeth), theirs, strict=True)
         )
-        results = (*results, whole(at_first[:, None].expand(-1, rollouts), at_later))  # type: ignore[assignment]
+        results = (*results, whole(of_first[:, None].expand(-1, rollouts), of_later))  # type: ignore[assignment]
     return results
 
 

@@ -264,8 +264,8 @@ class CausalPolicy:
         return {layer: layout.unpack(state) for layer, state in found.items()}
 
     def check_positions(self, layout: NestedPrefixLayout) -> None:
-        limit, longest = position_limit(self.causal_lm), int(layout.positions().max()) + 1
-        if limit is not None and longest > limit:
+        limit = position_limit(self.causal_lm)
+        if limit is not None and (longest := int(layout.positions().max()) + 1) > limit:
             raise UsageError(
                 f"{type(self.causal_lm).__name__} knows {limit} positions, the text with its rollouts has {longest}:"
                 " give shorter sequences, or a shorter horizon"

@@ -74,8 +74,9 @@ def test_in_bfloat16_it_errs_as_the_dense_kernel_does(layout):
 
 def test_the_leading_keys_that_all_see_need_no_mask():
     visible = torch.tensor([[[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]]).bool()
-    seen, hidden = partly_hidden(visible)
+    (seen, hidden), (all_of_it, _), (two, _) = partly_hidden(
+        [visible, torch.ones(1, 2, 3, dtype=torch.bool), visible], [visible.shape[-1], 3, 2]
+    )
     assert seen == 2
     assert torch.equal(hidden[:, 0, 0], ~visible[..., 2:])
-    assert partly_hidden(torch.ones(1, 2, 3, dtype=torch.bool))[0] == 3
-    assert partly_hidden(visible, columns=2)[0] == 2
+    assert (all_of_it, two) == (3, 2)

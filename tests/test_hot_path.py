@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ebft import schema
+from ebft import schema, static_decode
 from ebft.assemble import build_pipeline, resolve_run, settle
+from ebft.attention import chunked
 from ebft.loading import add_adapters, load_causal_lm
 from ebft.loops.clock import Clock
 from ebft.loops.scoring import score
 from ebft.loops.stages import at_step
+from ebft.loops.summary import measures
 from ebft.loops.train import train
 from ebft.objectives import EBFTLoss
 from ebft.policy import CausalPolicy
+from tests.models import tiny
 from tests.runs import parts
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__")
@@ -128,3 +133,89 @@ def test_in_bfloat16_what_must_be_float32_is(options, lora):
             assert weight.dtype == frozen, name
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     assert {value.dtype for value in states} == {torch.float32}
+
+
+# Of what a GPU waits for: values that the host reads, and sizes that depend on values.
+READ = {"aten::_local_scalar_dense", "aten::nonzero", "aten::unique_consecutive", "aten::masked_select", "aten::equal"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts them, by name; an index that is a mask is a `nonzero`."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        masks = name.startswith("aten::index") and any(
+            isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2])
+        )
+        if name in READ or masks:
+            self.found[name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(run):
+    tolist = torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch, Waits() as counted:
+        patch.setattr(torch.Tensor, "tolist", lambda self: counted.found.update(["tolist"]) or tolist(self))
+        run()
+    return counted.found.total()
+
+
+def given(policy, *, width=40):
+    tokens = torch.arange(2 * width).view(2, width) % 23 + 2
+    anchors = torch.tensor([[4, 9, 20, 31]] * 2)
+    return tokens, tokens > 0, anchors, anchors > 0
+
+
+def test_waits_by_hand():
+    x = torch.arange(4.0)
+    assert waits(lambda: (x[x > 1], x.nonzero(), x.sum().item(), bool(x.any()), x.tolist())) == 5
+    assert waits(lambda: (x[torch.tensor([0, 2])], torch.where(x > 1, x, 0).sum())) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_scoring_asks_for_as_much_whatever_its_size(name, monkeypatch):
+    monkeypatch.setattr(chunked, "ANCHORS_PER_CALL", 1)
+    policy = CausalPolicy(tiny(name))
+    drawn = torch.ones(2, 4, 3, 5, dtype=torch.int64)
+
+    def score(width=40, **options):
+        log_prob, own, *rest = policy.score(*given(policy, width=width), drawn, drawn > 0, **options)
+        (log_prob.sum() + own.sum() + sum(x.sum() for x in rest)).backward()
+
+    # the anchors' check and largest reach, three masks, and for each window how far all see
+    least = 2 + 3 + 1
+    assert waits(score) == waits(lambda: score(100)) == least
+    start = policy.reference()
+    compare = {"reference": start, "divergence": lambda ours, theirs: (ours - theirs).square().sum(-1), "entropy": True}
+    assert waits(lambda: score(**compare)) <= 2 * least
+
+
+def test_static_steps_of_sampling_wait_for_nothing(monkeypatch):
+    monkeypatch.setattr(static_decode, "capture", lambda step, changed: step)
+    policy, eager = CausalPolicy(tiny("mistral-window")), CausalPolicy(tiny("mistral-window"))
+    policy.static = static_decode.StaticDecoder(policy, "graph")
+
+    def sample(which, horizon, **options):
+        return lambda: which.sample(*given(which), rollouts=3, horizon=horizon, seed=0, eos=1, **options)
+
+    few = waits(sample(policy, 2))
+    assert waits(sample(policy, 9)) == few <= 5
+    assert waits(sample(policy, 9, top_p=0.9)) == few
+    assert waits(sample(eager, 9)) > waits(sample(eager, 2)) > few
+
+
+def test_what_is_watched_of_a_batch_is_read_at_once(options):
+    _, pipeline, rows = parts(options)
+    td = at_step(rows[:3].clone(), seed=0, step=0)
+    for stage in pipeline.values():
+        td = stage(td)
+    found = {}
+    assert waits(lambda: found.update(measures(td))) == 0
+    valid = td[schema.ANCHOR_MASK]
+    torch.testing.assert_close(found["reward"], td[schema.REWARD][valid].mean())
+    td[schema.ANCHOR_MASK][0, 0] = False
+    torch.testing.assert_close(measures(td)["reward"], td[schema.REWARD][td[schema.ANCHOR_MASK]].mean())

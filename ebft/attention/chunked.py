@@ -46,24 +46,26 @@ class Chunk(NamedTuple):
 def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
     """All slots of a row, in chunks."""
     length, per_anchor = layout.length, layout.rollouts * layout.horizon
-    parts = [(start, min(start + TOKENS_PER_CALL, length), 0) for start in range(0, length, TOKENS_PER_CALL)]
-    chunks = [_chunk(layout, window, start, stop, stop, own) for start, stop, own in parts]
+    stops = [(start, min(start + TOKENS_PER_CALL, length)) for start in range(0, length, TOKENS_PER_CALL)]
+    parts = [(start, stop, stop, 0) for start, stop in stops]  # of `Chunk`: start, stop, reach, own
     anchors = layout.anchors.amax(0).tolist() if per_anchor else []
     for k in range(0, len(anchors), ANCHORS_PER_CALL):
         few = anchors[k : k + ANCHORS_PER_CALL]
         start = length + k * per_anchor
-        chunks.append(_chunk(layout, window, start, start + len(few) * per_anchor, max(few), layout.horizon))
-    return chunks
+        parts.append((start, start + len(few) * per_anchor, max(few), layout.horizon))
+    visible = [_visible(layout, window, *part) for part in parts]
+    hidden = partly_hidden(visible, [reach for *_, reach, _ in parts])
+    return [Chunk(*part, *found) for part, found in zip(parts, hidden, strict=True)]
 
 
-def _chunk(layout: NestedPrefixLayout, window: int | None, start: int, stop: int, reach: int, own: int) -> Chunk:
+def _visible(layout: NestedPrefixLayout, window: int | None, start: int, stop: int, reach: int, own: int) -> Tensor:
+    """[B,Q,reach+own] bool: what the slots from `start` to `stop` see of the trunk and of their own tooth."""
     slots = torch.arange(start, stop, device=layout.anchors.device)
     keys = torch.arange(reach, device=slots.device).expand(len(slots), -1)
     if own:
         keys = torch.cat([keys, slots.view(-1, own).repeat_interleave(own, 0)], 1)
     rows = torch.arange(layout.batch, device=slots.device)[:, None, None]
-    visible = layout.visible(slots[:, None], keys, row=rows, window=window)
-    return Chunk(start, stop, reach, own, *partly_hidden(visible, columns=reach))
+    return layout.visible(slots[:, None], keys, row=rows, window=window)
 
 
 def chunked_pass(layout, chunks: list[Chunk], query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:

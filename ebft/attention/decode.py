@@ -144,14 +144,12 @@ class Decode:
         rows = self._live // teeth
         own = first[:, None] + torch.arange(self._step + 1, device=device)
         seen = layout.visible((first + self._step)[:, None], own, row=rows[:, None], window=window)
-        hidden = []
+        on_trunk = []
         for start, stop, reach in self._columns:
             query = (first + self._step)[self._grid[:, start:stop], None]
             keys = torch.arange(reach, device=device)
-            hidden.append(
-                partly_hidden(layout.visible(query, keys, row=self._batch_rows[:, None, None], window=window))
-            )
-        return ~seen[:, None, None], hidden
+            on_trunk.append(layout.visible(query, keys, row=self._batch_rows[:, None, None], window=window))
+        return ~seen[:, None, None], partly_hidden(on_trunk, [reach for *_, reach in self._columns])
 
 
 def _with_room(kept: torch.Tensor, room: int) -> torch.Tensor:

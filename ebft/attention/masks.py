@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,17 +30,18 @@ def trunk_mask(layout: NestedPrefixLayout, window: int | None) -> torch.Tensor |
     return layout.visible(slots[:, None], slots[None], row=rows, window=window)
 
 
-def partly_hidden(visible: torch.Tensor, *, columns: int | None = None) -> tuple[int, torch.Tensor]:
-    """How many leading keys all queries see, and what is hidden of the others.
+def partly_hidden(visible: Sequence[torch.Tensor], columns: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+    """How many leading keys all queries see, and what is hidden of the others: of several groups, in one transfer.
 
     Args:
-        visible: [B,Q,S] bool.
-        columns: only this many keys may be counted; None for all.
+        visible: [B,Q,S] bool of each group.
+        columns: of each, only so many keys may be counted.
 
     Returns:
-        seen, and hidden [B,1,1,Q,S-seen] bool.
+        For each seen, and hidden [B,1,1,Q,S-seen] bool.
     """
-    hidden = ~visible
-    partly = hidden[..., :columns].flatten(0, 1).any(0).nonzero()
-    seen = int(partly[0]) if len(partly) else hidden[..., :columns].shape[-1]
-    return seen, hidden[:, None, None, :, seen:]
+    hidden = [~each for each in visible]
+    partly = [each[..., :most].flatten(0, 1).any(0) for each, most in zip(hidden, columns, strict=True)]
+    first = [torch.where(each.any(), each.int().argmax(), most) for each, most in zip(partly, columns, strict=True)]
+    seen = torch.stack(first).tolist()
+    return [(count, each[:, None, None, :, count:]) for count, each in zip(seen, hidden, strict=True)]

@@ -40,18 +40,26 @@ def measures(td: TensorDictBase) -> dict[str, Tensor]:
         return {}
     valid = td[schema.ANCHOR_MASK]
     rollouts = td[schema.ROLLOUT_TOKENS].shape[2]
-    distinct = distinct_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].float().mean() / rollouts
-    effective = effective_rollouts(td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK])[valid].mean()
-    summary = {"reward": td[schema.REWARD][valid].mean(), "distinct_rollouts": distinct}
-    summary["effective_rollouts"] = effective
+    drawn = td[schema.ROLLOUT_TOKENS], td[schema.ROLLOUT_MASK]
+    summary = {
+        "reward": _mean(td[schema.REWARD], valid),
+        "distinct_rollouts": _mean(distinct_rollouts(*drawn).float(), valid) / rollouts,
+        "effective_rollouts": _mean(effective_rollouts(*drawn), valid),
+    }
     features = td.get(schema.ROLLOUT_FEATURES, None)
     if rollouts > 1 and features is not None:
         matching = conditional_feature_matching_loss(*whole_features(td))
-        summary["feature_matching_loss"] = matching[valid].mean()
+        summary["feature_matching_loss"] = _mean(matching, valid)
     if rollouts > 1 and features is not None and features.ndim == 5:
         summary |= horizon_profile(td)
     own = td.get("metrics", None)
-    return summary | ({} if own is None else {name: value[valid].mean() for name, value in own.items()})
+    return summary | ({} if own is None else {name: _mean(value, valid) for name, value in own.items()})
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Of values [B,K,...] over the anchors that are valid [B,K]; without `values[valid]`, for which a GPU waits."""
+    own = valid.view(*valid.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return torch.where(own, values, 0.0).sum() / own.sum()
 
 
 def horizon_profile(td: TensorDictBase) -> dict[str, Tensor]:
@@ -63,8 +71,9 @@ def horizon_profile(td: TensorDictBase) -> dict[str, Tensor]:
             (schema.TARGET_FEATURES, schema.TARGET_MASK),
         )
     ]
-    profile = feature_matching_profile(*held)[td[schema.ANCHOR_MASK]].mean(0)  # [G]
-    return {f"feature_matching_loss_{g}": profile[g - 1] for g in doubling_horizons(len(profile))}
+    profile = feature_matching_profile(*held)  # [B,K,G]
+    horizons = doubling_horizons(profile.shape[-1])
+    return {f"feature_matching_loss_{g}": _mean(profile[..., g - 1], td[schema.ANCHOR_MASK]) for g in horizons}
 
 
 def doubling_horizons(longest: int) -> list[int]:
