@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ebft import schema
-from ebft.data import Document, batches, load_documents, pack, split_documents
+from ebft.data import Document, batches, load_documents, pack, packing, split_documents
 from ebft.errors import UsageError
 
 
@@ -293,6 +293,25 @@ def test_long_texts_draw_no_warning(caplog, recwarn):
         logging.disable_propagation()
     assert not caplog.records
     assert not recwarn.list
+
+
+def test_few_documents_are_tokenised_at_once(tokenizer, monkeypatch):
+    seen = []
+
+    class Counting:
+        def __call__(self, texts, **options):
+            seen.append(len(texts))
+            return tokenizer(texts, **options)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    texts = [f"text {'x' * number}" for number in range(7)]
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 3)
+    few = pack(documents(*texts), Counting(), length=5)
+    assert seen == [3, 3, 1]
+    monkeypatch.undo()
+    assert (few == pack(documents(*texts), tokenizer, length=5)).all()
 
 
 def test_bad_packing(tokenizer):

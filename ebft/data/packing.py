@@ -14,6 +14,9 @@ from ebft.data.documents import Document
 from ebft.errors import UsageError
 from ebft.schema import DOCUMENT_IDS, MASK, SEQUENCE_IDS, TOKENS
 
+# Documents that are tokenised at once: a tokenizer's own record of a text takes many times the memory of its tokens.
+DOCUMENTS_AT_ONCE = 64
+
 
 def pack(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, eos: bool = True
@@ -110,13 +113,15 @@ def _tokenise(
     """The stream of tokens [S] and the index of each token's document [S]."""
     if not documents:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    encoded = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,  # else a document longer than the model's context draws a warning; the rows are not
-    )["input_ids"]
-    pieces = [np.array(ids + end, dtype=np.int64) for ids in encoded]
+    pieces = []
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        encoded = tokenizer(
+            [document.text for document in documents[start : start + DOCUMENTS_AT_ONCE]],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # else a document longer than the model's context draws a warning; the rows are not
+        )["input_ids"]
+        pieces += [np.array(ids + end, dtype=np.int64) for ids in encoded]
     lengths = [piece.size for piece in pieces]
     return np.concatenate(pieces), np.repeat(np.arange(len(pieces)), lengths)
 
