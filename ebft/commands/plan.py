@@ -24,9 +24,10 @@ def plan(
     """Predict the memory and the time that a run with the same options takes, without loading its model.
 
     Memory is that of tensors, by what they are for, with what each stage adds at its worst. What allocators and
-    libraries keep comes on top: on a GPU the CUDA context, on a CPU a quarter more to more than half as much again in
-    small runs. Time is that of the stages' matrix products on this device, timed now, times a factor that was measured
-    on a CPU: `benchmarks/plan.py` compares both with runs.
+    libraries keep comes on top: on a GPU the CUDA context; on a CPU the holes in the C library's heap between blocks
+    that are freed in another order than they were made, up to as much as a stage adds and more, and the text. Time is
+    that of the stages' matrix products on this device, timed now, times a factor that was measured on a CPU:
+    `benchmarks/plan.py` compares both with runs.
     """
     from transformers.utils import logging
 
