@@ -104,3 +104,17 @@ def test_slots_behind_the_row_see_themselves_and_are_seen_by_nobody_else(window)
     mask = flex_masks(layout, window)
     assert mask.seq_lengths == (128, 128)
     assert drawn.shape == (2, 3, 2, 4)
+
+
+def test_the_order_of_the_row_leaves_most_tiles_out():
+    """Tooth after tooth the row touches 212 tiles of 128; step after step of all teeth, as in public code, 548."""
+    anchors = torch.arange(8, 1017, 8)[None]
+    layout = NestedPrefixLayout(anchors, anchors > 0, length=1024, rollouts=4, horizon=8)
+    mask = flex_masks(layout, None)
+    assert mask.full_kv_num_blocks is not None
+    assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == 212
+
+    teeth = torch.arange(1024, layout.size).view(127, 4, 8)
+    by_step = torch.cat([torch.arange(1024), teeth.permute(2, 1, 0).flatten(), torch.arange(layout.size, 5120)])
+    seen = layout.padded(5120).dense_mask()[0][by_step][:, by_step]
+    assert int(seen.view(40, 128, 40, 128).any(3).any(1).sum()) == 548
