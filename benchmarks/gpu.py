@@ -44,7 +44,7 @@ from ebft import schema
 from ebft.errors import UsageError
 from ebft.features.hidden import hidden
 from ebft.features.module import as_module
-from ebft.files import write_json
+from ebft.files import make_folder, write_json
 from ebft.loading import choose_device
 from ebft.loops.train import train
 from ebft.objectives import EBFTLoss, kernel_values
@@ -317,6 +317,7 @@ def main(
         raise UsageError(f"--steps {steps}: expected 3 or more, since the first two are not counted")
     sizes = Sizes(batch, length, horizon, rollouts, micro_batch, steps)
     results: dict[str, Any] = {"machine": machine(choose_device(device)), "sizes": asdict(sizes)}
+    make_folder(out)
     path, console, start = out / "gpu.json", Console(), time.perf_counter()
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     same = all(earlier.get(key) == value for key, value in results.items())

@@ -26,7 +26,7 @@ from benchmarks.measure import in_fresh_process, machine, peak_of_process
 from ebft.assemble import plan_from_options, run_from_options
 from ebft.commands.derived import run_defaults
 from ebft.errors import UsageError
-from ebft.files import write_atomically, write_json
+from ebft.files import make_folder, write_atomically, write_json
 from ebft.loops import run as run_module
 from ebft.loops.train import train
 
@@ -99,6 +99,7 @@ def main(
     names = setting or list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
         raise UsageError(f"--setting {unknown[0]!r}: expected some of {', '.join(SETTINGS)}")
+    make_folder(out)
     path = out / "plan.json"
     results = {"policy": policy, "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     earlier = json.loads(path.read_text()) if path.is_file() else {}

@@ -140,8 +140,9 @@ def test_finished_rollouts_and_masked_anchors_cost_nothing(name):
 # ---- whole answers
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3_5_text"])
-def test_whole_answers_end_at_eos(name):
+# The delta rule's state is summed in float32, by chunks of a prefix and token by token after it: 7e-5 apart were seen.
+@pytest.mark.parametrize(("name", "rounding"), [("llama", 5e-5), ("mistral-window", 5e-5), ("qwen3_5_text", 2e-4)])
+def test_whole_answers_end_at_eos(name, rounding):
     policy = CausalPolicy(tiny(name))
     tokens, mask, *_ = prefixes()
     answer = torch.zeros_like(mask)
@@ -161,7 +162,7 @@ def test_whole_answers_end_at_eos(name):
             assert EOS not in row[: sizes - 1]
     for theirs in results[1:]:
         for left, right in zip(results[0], theirs, strict=True):
-            torch.testing.assert_close(left, right, atol=5e-5, rtol=0)
+            torch.testing.assert_close(left, right, atol=rounding, rtol=0)
 
 
 def test_whole_answers_refuse_what_has_no_end():
