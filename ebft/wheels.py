@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +82,8 @@ def _normal(name: str) -> str:
 def _arrived(folder: Path) -> int:
     """Bytes of the wheels below `folder`: pip may hold a partial and a finished copy of one at once."""
     sizes: dict[str, int] = {}
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes[path.name] = max(sizes.get(path.name, 0), path.stat().st_size)
-        except FileNotFoundError:  # moved by pip between the listing and the look
-            continue
+    for place, _, names in os.walk(folder):  # which passes over folders that pip removes meanwhile
+        for name in (name for name in names if name.endswith(".whl")):
+            with suppress(FileNotFoundError):  # moved by pip between the listing and the look
+                sizes[name] = max(sizes.get(name, 0), (Path(place) / name).stat().st_size)
     return sum(sizes.values())

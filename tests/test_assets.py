@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -241,3 +242,19 @@ def test_real_sbert_loads_and_compares():
     similarity = model.similarity(vectors := model.encode(sentences), vectors)
     assert vectors.shape == (3, 384)
     assert similarity[0, 1] > 0.5 > 0.2 > similarity[0, 2]
+
+
+def test_what_has_arrived_is_counted_while_pip_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "unpack").mkdir()
+    (tmp_path / "unpack" / "gone.whl").write_bytes(b"12345")
+    (tmp_path / "here.whl").write_bytes(b"123")
+    scandir = os.scandir
+
+    def racing(path):
+        if str(path).endswith("unpack"):
+            shutil.rmtree(path, ignore_errors=True)  # between the listing of its parent and the look into it
+        return scandir(path)
+
+    assert wheels._arrived(tmp_path) == 8
+    monkeypatch.setattr(os, "scandir", racing)
+    assert wheels._arrived(tmp_path) == 3
