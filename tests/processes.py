@@ -6,10 +6,12 @@ is kept to one thread, since threads do not survive a fork.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +34,7 @@ from ebft.objectives.losses import EBFTLoss
 from ebft.sharding import local
 from tests.runs import go, parts, tiny_options, write_tiny_model, write_tiny_text
 
+ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 4)
 
 # The parts of a run that look at more than one row, together where they go together. Batches of 5 are shared out as
@@ -52,13 +56,47 @@ KINDS: dict[str, dict[str, Any]] = {
 COUNTS_OF = dict.fromkeys(KINDS, (2, 4)) | {"several updates": (4,), "credit of tokens": (2,), "verifier": (4,)}
 
 
-def main(folder: Path) -> None:
+def left_by(harness: str) -> tuple[Any, Any]:
+    """Fixtures of a test module: the folder that a harness filled, and the results that it left there."""
+
+    @pytest.fixture(scope="module")
+    def folder(tmp_path_factory):
+        """Filled by a process of its own, since the threads of this one do not survive a fork."""
+        folder = tmp_path_factory.mktemp("processes")
+        done = subprocess.run([sys.executable, "-m", harness, folder], cwd=ROOT, capture_output=True, text=True)
+        assert (folder / "results.pt").is_file(), done.stderr
+        return folder
+
+    @pytest.fixture(scope="module")
+    def results(folder):
+        return torch.load(folder / "results.pt", weights_only=False)  # written by this test's own process
+
+    return folder, results
+
+
+def close(ours: float, theirs: float) -> bool:
+    """Whether metrics of runs by different numbers of processes agree but for rounding."""
+    return math.isclose(ours, theirs, rel_tol=2e-4, abs_tol=2e-6)
+
+
+def prepare() -> None:
+    """What a harness does first: one thread, as forks want it, and no pictures."""
     torch.set_num_threads(1)
     report.curves_png = lambda *args, **kwargs: b"no picture"
+
+
+def run_options(folder: Path) -> dict[str, Any]:
+    """Options of a tiny run on a model and a text that are written into `folder`."""
     for name in ("model", "text"):
         (folder / name).mkdir()
     options = tiny_options(write_tiny_model(folder / "model"), write_tiny_text(folder / "text"))
-    options |= {"steps": 2, "held_out": 3, "save_every": 1, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0.5}
+    chosen = {"steps": 2, "held_out": 3, "save_every": 1, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0.5}
+    return options | chosen
+
+
+def main(folder: Path) -> None:
+    prepare()
+    options = run_options(folder)
     results: dict[str, Any] = {}
     for kind, chosen in KINDS.items():
         for count in (1, *COUNTS_OF[kind]):

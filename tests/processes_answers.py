@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ebft.commands.derived import run_defaults
-from ebft.loops import report
-from tests.processes import together, whole_run
+from tests.processes import prepare, together, whole_run
 from tests.runs import write_tiny_model
 
 COUNTS = (1, 2)
@@ -48,8 +47,7 @@ def options_of(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    report.curves_png = lambda *args, **kwargs: b"no picture"
+    prepare()
     options, results = options_of(folder), {}
     for kind, chosen in KINDS.items():
         for count in COUNTS:

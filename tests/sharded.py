@@ -14,13 +14,12 @@ from torch import nn
 from ebft.components.optimizers import NOT_OF_SHARES, OPTIMIZERS
 from ebft.distributed import joined, rank, size
 from ebft.loading import add_adapters
-from ebft.loops import checkpoint, report
+from ebft.loops import checkpoint
 from ebft.loops.average import Average
 from ebft.policy import CausalPolicy
 from ebft.sharding import ShardedModel, shard
 from tests.models import tiny
-from tests.processes import broken_run, together, whole_run, whole_tensor
-from tests.runs import tiny_options, write_tiny_model, write_tiny_text
+from tests.processes import broken_run, prepare, run_options, together, whole_run, whole_tensor
 
 # Batches of 5 are shared out as 3 + 2 and 2 + 1 + 1 + 1 and scored by 2, those of 3 as 2 + 1 and 1 + 1 + 1 + 0.
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,12 +33,8 @@ LONGER = {**KINDS["full weights"], "ema": None, "steps": 4}
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    report.curves_png = lambda *args, **kwargs: b"no picture"
-    for name in ("model", "text"):
-        (folder / name).mkdir()
-    options = tiny_options(write_tiny_model(folder / "model"), write_tiny_text(folder / "text"))
-    options |= {"steps": 2, "held_out": 3, "save_every": 1, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0.5}
+    prepare()
+    options = run_options(folder)
     results: dict[str, Any] = {}
     for kind, chosen in KINDS.items():
         for count in (1, *COUNTS_OF[kind]):

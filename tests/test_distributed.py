@@ -1,7 +1,6 @@
 """Several processes make the update of one: the same rollouts, metrics and weights, whatever there are of rows."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,30 +17,13 @@ from transformers import AutoModelForCausalLM
 from ebft.distributed import by_items, by_rows, check_same, share, started
 from ebft.errors import UsageError
 from ebft.loading import choose_device
-from tests.processes import COUNTS, COUNTS_OF, LOST
+from tests.processes import COUNTS, COUNTS_OF, LOST, ROOT, close, left_by
 from tests.runs import go, metrics
 
-ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness forks, and reads /proc")
 SEVERAL = [count for count in COUNTS if count > 1]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What `tests.processes` left; in a process of its own, since the threads of this one do not survive a fork."""
-    folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run([sys.executable, "-m", "tests.processes", folder], cwd=ROOT, capture_output=True, text=True)
-    assert (folder / "results.pt").is_file(), done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder):
-    return torch.load(folder / "results.pt", weights_only=False)  # written by this test's own process
-
-
-def close(ours: float, theirs: float) -> bool:
-    return math.isclose(ours, theirs, rel_tol=2e-4, abs_tol=2e-6)
+folder, results = left_by("tests.processes")
 
 
 @linux

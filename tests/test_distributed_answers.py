@@ -1,41 +1,21 @@
 """Two processes that train on whole answers, alone and beside feature matching, make the updates of one."""
 
 import json
-import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import close, left_by
 from tests.processes_answers import KINDS
 
-ROOT = Path(__file__).parents[1]
 # What a batch is divided into, and time, differ.
 OF_THE_DIVISION = ("time_", "tokens_per_second", "gradient_signal_to_noise")
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness forks")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What `tests.processes_answers` left; in a process of its own, since the threads of this one survive no fork."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.processes_answers", folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (folder / "results.pt").is_file(), done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder):
-    return torch.load(folder / "results.pt", weights_only=False)  # written by this test's own process
-
-
-def close(ours, theirs):
-    return math.isclose(ours, theirs, rel_tol=2e-4, abs_tol=2e-6)
+folder, results = left_by("tests.processes_answers")
 
 
 @pytest.mark.parametrize("kind", KINDS)

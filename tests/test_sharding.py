@@ -1,9 +1,7 @@
 """Processes that share the weights make the update of one that has them all; any go on from their checkpoints."""
 
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,31 +11,14 @@ from ebft.assemble import resolve_run
 from ebft.commands.derived import run_defaults
 from ebft.errors import UsageError
 from ebft.loops.numbers import own_parts, part_shares
-from tests.processes import LOST
+from tests.processes import LOST, close, left_by
 from tests.runs import go, metrics
 from tests.sharded import COUNTS_OF
 
-ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness forks")
 SHARDED = [(kind, count) for kind, counts in COUNTS_OF.items() for count in counts]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What `tests.sharded` left; in a process of its own, since the threads of this one do not survive a fork."""
-    folder = tmp_path_factory.mktemp("sharded")
-    done = subprocess.run([sys.executable, "-m", "tests.sharded", folder], cwd=ROOT, capture_output=True, text=True)
-    assert (folder / "results.pt").is_file(), done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder):
-    return torch.load(folder / "results.pt", weights_only=False)  # written by this test's own process
-
-
-def close(ours: float, theirs: float) -> bool:
-    return math.isclose(ours, theirs, rel_tol=2e-4, abs_tol=2e-6)
+folder, results = left_by("tests.sharded")
 
 
 @linux

@@ -35,7 +35,7 @@ def check_optimizer_options(options: Mapping[str, Any], resolved: Mapping[str, M
         UsageError: as `build_optimizer` and `build_average`.
     """
     build_optimizer([torch.zeros(1, 1)], options, resolved)
-    if options.get("shard") and options["optimizer"] in NOT_OF_SHARES:
+    if options["shard"] and options["optimizer"] in NOT_OF_SHARES:
         raise UsageError(
             f"--optimizer {options['optimizer']} with --shard: torch's does not take weights in shares; choose"
             " another, as adamw"

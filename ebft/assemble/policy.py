@@ -42,7 +42,7 @@ def check_decode(options: Mapping[str, Any]) -> None:
         raise UsageError(f"--decode {name}: expected one of {', '.join(DECODES)}")
     if name == "graph" and choose_device(options["device"]).type == "cpu":
         raise UsageError("--decode graph: CUDA graphs are of GPUs, and the device is cpu; use eager or compile")
-    if name != "eager" and options.get("shard"):
+    if name != "eager" and options["shard"]:
         raise UsageError(
             f"--decode {name} with --shard: weights that are gathered for each batch are never where they were when"
             " the steps were compiled. Use --decode eager"
@@ -62,7 +62,7 @@ def check_offload(options: Mapping[str, Any]) -> None:
     """
     if not options["offload_reference"]:
         return
-    if options.get("shard"):
+    if options["shard"]:
         raise UsageError(
             "--offload-reference with --shard: each process has a share of the frozen copy alone, and gathers it when"
             " it is used. Leave one of the two out"
