@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from ebft.distributed import by_items, by_rows, check_same, share, started
 from ebft.errors import UsageError
 from ebft.loading import choose_device
+from ebft.loops.interrupt import stop_requests
 from tests.processes import COUNTS, COUNTS_OF, LOST, ROOT, close, left_by
 from tests.runs import go, metrics
 
@@ -140,6 +141,24 @@ def test_a_process_that_raises_ends_the_run_which_any_number_of_processes_resume
             torch.testing.assert_close(ours[name], weight, atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_several_processes_one_that_ends_with_an_error_outlives_what_torchrun_sends(processes, monkeypatch):
+    monkeypatch.setattr("ebft.loops.interrupt.size", lambda: processes)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = []
+    try:
+        for number in before:
+            signal.signal(number, lambda *_: heard.append(1))
+        with pytest.raises(UsageError), stop_requests():
+            raise UsageError("it cannot go on")
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(heard) == (2 if processes == 1 else 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @linux
 def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, tmp_path):
     """The command that people type; the second of two processes gets SIGKILL, and one process ends the run.
@@ -181,7 +200,7 @@ def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, 
         process.kill()
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL) received" in said
-    assert "another process of this run ended" in said
+    assert "another process of this run ended" in said, said
     assert said.count("method ebft, policy") == 1  # one of the two speaks
     assert not (out / "policy").exists()
     reached = len(metrics(out))

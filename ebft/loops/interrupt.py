@@ -21,6 +21,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     Of several processes all report it as soon as one is asked, so all have to call the function equally often. There a
     second does nothing: torchrun passes on what the processes have had already, and ends them itself if they take long.
+    Nor does one that comes after an error: it is what torchrun sends as soon as one process has ended, and the others
+    would die of it before they have said why they end.
     """
     asked: list[int] = []
 
@@ -37,6 +39,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             continue
     try:
         yield lambda: any_process(bool(asked))
+    except Exception:
+        if size() > 1:
+            previous.clear()
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
