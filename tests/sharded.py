@@ -52,13 +52,15 @@ def main(folder: Path) -> None:
 
 
 def resumed(options: dict[str, Any], folder: Path, results: dict[str, Any]) -> None:
-    """A run of 4 that breaks after its 2nd step, and those of 2 and of 1 that go on with it."""
+    """A run of 4 that breaks after its 2nd step, and those of 2, of 1 and of 2 that no longer share."""
     sharded, out = options | {"shard": True}, folder / "broken"
     results["broken"] = together(4, partial(broken_run, sharded, out), folder)
     together(1, partial(whole_run, options, folder / "never broken"), folder)
     for count in (2, 1):
         copy = shutil.copytree(out, folder / f"mended {count}")
         results["mended", count] = together(count, partial(whole_run, sharded, copy, resume=True), folder)
+    copy, how = shutil.copytree(out, folder / "mended unshared"), {"resume": True, "force": True, "explicit": ["shard"]}
+    results["mended", "unshared"] = together(2, partial(whole_run, options | {"shard": False}, copy, **how), folder)
 
 
 def _parts(seed: int) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_signal_to_noise_between_the_parts_of_all_processes(results):
 
 @linux
 def test_any_number_of_processes_goes_on_from_a_checkpoint_in_shares(results, folder):
-    """Of 4 processes one fails in the 3rd step; 2 and 1 go on."""
+    """Of 4 processes one fails in the 3rd step; 2 and 1 go on, and 2 that each hold all weights."""
     said = results["broken"]
     assert said[1] == "UsageError: process 1 has had enough (told: False)"
     for other in (said[0], *said[2:]):
@@ -81,7 +81,7 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint_in_shares(results, fo
     assert not (kept[1] / "weights.safetensors").exists()
     whole = metrics(folder / "never broken")
     assert len(whole) == 4
-    for count in (2, 1):
+    for count in (2, 1, "unshared"):
         for ours, theirs in zip(metrics(folder / f"mended {count}"), whole, strict=True):
             for key in ("step", "loss", "reward", "cross_entropy", "gradient_norm", "learning_rate", "kl"):
                 assert close(float(ours[key]), float(theirs[key])), (count, key)
@@ -92,6 +92,8 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint_in_shares(results, fo
         for key, weight in wanted.items():
             torch.testing.assert_close(weights[key], weight, atol=3e-6, rtol=0)
     assert "one process has nothing to share" in results["mended", 1][0]["said"]
+    shared, unshared = (results["mended", kind][0]["held"]["weights"] for kind in (2, "unshared"))
+    assert unshared > 1.7 * shared
 
 
 @linux
