@@ -20,6 +20,7 @@ from ebft.assemble.rows import read_data
 from ebft.assemble.study_arms import TASKS, Task, answers_prompts, arm_options, find_verifier, shared_options
 from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
 from ebft.commands.derived import run_defaults
+from ebft.components.methods import with_defaults
 from ebft.data.split import unit_hash
 from ebft.errors import UsageError
 from ebft.loops.ablation.intervals import Interval, p_value
@@ -117,6 +118,11 @@ def test_every_arm_is_measured_alike(study):
     assert "left" in shown
 
 
+def trained_on(options):
+    """The prompts that a run of examples trains on."""
+    return [example.prompt for example in read_data(with_defaults(options)).train]
+
+
 def test_every_arm_sees_as_many_examples_and_warm_starts_are_of_sft(study):
     _, out, _ = study
     examples = {row["arm"]: float(row["value"]) for row in rows(out) if row["metric"] == "examples"}
@@ -136,6 +142,9 @@ def test_every_arm_sees_as_many_examples_and_warm_starts_are_of_sft(study):
         after = json.loads(path.read_text())
         assert after["options"]["policy"] == str(out / "runs/warm" / f"seed-{seed}")
         assert after["options"]["backbone"] == stored["policy"]
+        seen = [set(trained_on(config["options"])) for config in (warm, after)]
+        assert all(seen)
+        assert not seen[0] & seen[1]
         # its start is measured as the end of the warm start was
         begun = json.loads((path.parent / "evaluation.json").read_text())["metrics"]["cross_entropy"]["before"]
         end = json.loads((out / "runs/warm" / f"seed-{seed}/evaluation.json").read_text())["metrics"]["cross_entropy"]
@@ -343,7 +352,16 @@ def test_the_mean_of_paired_differences():
 
 @pytest.mark.parametrize(
     ("half_width", "low", "high", "decided"),
-    [(1, 0.5, 3, True), (3, 0.5, 3, False), (1, -0.5, 3, False), (math.nan, 0.5, 3, False), (1, math.nan, 3, False)],
+    [
+        *[
+            (1, 0.5, 3, True),
+            (3, 0.5, 3, False),
+            (1, -0.5, 3, False),
+            (math.nan, 0.5, 3, False),
+            (1, math.nan, 3, False),
+        ],
+        *[(0.0, 0.5, 3, False), (1e-15, 0.5, 3, False), (1e-6, 0.5, 3, True)],
+    ],
 )
 def test_a_difference_is_decided_by_seeds_and_texts(half_width, low, high, decided):
     column = Column("pass@1", Quantity("pass_at_k", at=1), "prompts", "higher")
@@ -382,6 +400,7 @@ def test_every_budget_serves_every_task(name, task):
         packed = not answers_prompts(arm) and own["steps"] is not None
         amounts.append(rows / share * (1.6 if packed else 1))
         assert own["split"] == "validation"
+        assert own["train_half"] == (None if own["steps"] is None else ARMS[arm].half)
         assert ARMS[arm].after is None or arm == "rlvr-ws" or own["backbone"] == budget.run["policy"]
         assert own["verifier"] == (verifier if arm.startswith("rlvr") else None)
     assert max(amounts) <= 1.1 * min(amounts)  # batches are whole numbers
@@ -460,6 +479,9 @@ def test_a_budget_of_the_users_own(tmp_path):
 def test_parts_of_the_data_do_not_overlap(tiny_text):
     options = run_defaults() | {"data": str(tiny_text)}
     validation, test = (read_data({**options, "split": name}) for name in ("validation", "test"))
-    names = [{d.name for d in side} for side in (validation.train, validation.held_out, test.held_out)]
+    first, second = (read_data({**options, "train_half": name}) for name in ("first", "second"))
+    assert sorted(d.name for d in (*first.train, *second.train)) == sorted(d.name for d in validation.train)
+    sides = (first.train, second.train, validation.held_out, test.held_out)
+    names = [{d.name for d in side} for side in sides]
     assert all(names)
     assert sum(map(len, names)) == len(set.union(*names))

@@ -15,7 +15,7 @@ from ebft import schema
 from ebft.data.documents import Document
 from ebft.data.example_rows import count_unfit, pack_examples, prompt_rows
 from ebft.data.examples import Example, Fields
-from ebft.data.named import DATA_SETS, half, load_parts
+from ebft.data.named import DATA_SETS, half, load_parts, training_half
 from ebft.data.packing import pack
 from ebft.errors import UsageError
 from ebft.samplers.anchors import strided
@@ -65,6 +65,8 @@ def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
     held_out = parts["held out"] if "training" in parts else parts["evaluation"]
     if options.get("split") is not None:
         held_out = half(held_out, options["split"])
+    if options.get("train_half") is not None:
+        train = training_half(train, options["train_half"])
     answers = isinstance(held_out[0], Example)
     if options["chat"] and not answers:
         raise UsageError(

@@ -188,7 +188,7 @@ def _taken_alone(options: Mapping[str, Any], *, strict: Mapping[str, Any]) -> tu
 def _amount(
     name: str, options: Mapping[str, Any], shared: Mapping[str, Any], of_method: Mapping[str, Any], per_row: float
 ) -> dict[str, Any]:
-    """Batch and steps, or epochs, by which an arm sees its share of the examples.
+    """Batch and steps, or epochs, by which an arm sees its share of the examples: of its half, or of the passes.
 
     Where rows are single prompts, a batch has as many as a packed one has examples, unless the budget says another.
     """
@@ -208,7 +208,7 @@ def _amount(
             f"--steps {shared['steps']} of --batch {shared['batch']}: the arm {name} is to see {rows:g} rows, which its"
             f" batches of {batch} do not give; choose numbers that divide"
         )
-    return {"steps": int(steps), "epochs": None, "batch": batch}
+    return {"steps": int(steps), "epochs": None, "batch": batch, "train_half": ARMS[name].half}
 
 
 def _of_features(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -84,6 +84,14 @@ def of_text(
             " (default: both)",
         ),
     ] = None,
+    train_half: Annotated[
+        str | None,
+        option(
+            DATA,
+            "Half of the training texts that is trained on: first, or second, as what goes on with a run of the first"
+            " one may want (default: both)",
+        ),
+    ] = None,
     length: Annotated[int, option(DATA, "T, tokens of a sequence: documents are packed into rows of it.")] = 128,
 ) -> None:
     """The data."""

@@ -16,6 +16,7 @@ from ebft.data.examples import Example, Fields, has_examples, load_examples, spl
 from ebft.errors import UsageError
 
 HALVES = ("validation", "test")  # of held-out data: choices are made on the first and judged on the second
+TRAINING_HALVES = ("first", "second")
 
 Parts = dict[str, Sequence[Example] | Sequence[Document]]
 
@@ -113,9 +114,22 @@ def half(items: Sequence[Example] | Sequence[Document], name: str) -> Sequence[E
     Raises:
         UsageError: a name that is not in `HALVES`, or items that cannot be split.
     """
-    if name not in HALVES:
-        raise UsageError(f"--split {name!r}: expected one of {', '.join(HALVES)}")
-    return dict(zip(HALVES, _sides(items, held_out=0.5, salt="halves: "), strict=True))[name]
+    return _half(items, name, "split", HALVES, salt="halves: ")
+
+
+def training_half(items: Sequence[Example] | Sequence[Document], name: str) -> Sequence[Example] | Sequence[Document]:
+    """The first or the second half of training items, split alike.
+
+    Raises:
+        UsageError: a name that is not in `TRAINING_HALVES`, or items that cannot be split.
+    """
+    return _half(items, name, "train-half", TRAINING_HALVES, salt="training halves: ")
+
+
+def _half(items: Any, name: str, option: str, names: Sequence[str], *, salt: str) -> Any:
+    if name not in names:
+        raise UsageError(f"--{option} {name!r}: expected one of {', '.join(names)}")
+    return dict(zip(names, _sides(items, held_out=0.5, salt=salt), strict=True))[name]
 
 
 def _split(items: list[Example] | list[Document]) -> Parts:

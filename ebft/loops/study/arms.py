@@ -12,8 +12,9 @@ class Arm:
     Attributes:
         title: its name in tables.
         method: of `run`; None trains nothing.
-        share: of the examples that it sees itself, in (0, 1]. An arm `after` another one starts from what that one
-            trained, and the two see all examples together.
+        half: of the training texts that it sees, as `run --train-half`; None: all. An arm `after` another one sees the
+            other half, and the two together as many examples as any arm. Of whole passes over the data (`--epochs`)
+            each makes half of them over all of it, as in the paper.
         after: the arm that it starts from, of the same seed.
         rate_of: the arm whose learning rate it takes instead of one of its own.
         own: metric of its run, on the validation half, that it is trained for, and whether it should be `lower` or
@@ -23,11 +24,16 @@ class Arm:
 
     title: str
     method: str | None
-    share: float = 1.0
+    half: str | None = None
     after: str | None = None
     rate_of: str | None = None
     own: tuple[str, str] = ("cross_entropy", "lower")
     verified: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of the examples that it sees itself."""
+        return 1.0 if self.half is None else 0.5
 
 
 BASE, WARM = "base", "warm"
@@ -38,11 +44,11 @@ _REWARD = ("reward", "higher")
 ARMS = {
     BASE: Arm("Base", None),
     "sft": Arm("SFT", "sft"),
-    WARM: Arm("Warm start", "sft", share=0.5, rate_of="sft"),
+    WARM: Arm("Warm start", "sft", half="first", rate_of="sft"),
     "ebft": Arm("EBFT", "ebft", own=_MATCHING),
-    "ebft-ws": Arm("EBFT (ws)", "ebft", share=0.5, after=WARM, own=_MATCHING),
+    "ebft-ws": Arm("EBFT (ws)", "ebft", half="second", after=WARM, own=_MATCHING),
     "rlvr": Arm("RLVR", "rlvr", own=_REWARD, verified=True),
-    "rlvr-ws": Arm("RLVR (ws)", "rlvr", share=0.5, after=WARM, own=_REWARD, verified=True),
+    "rlvr-ws": Arm("RLVR (ws)", "rlvr", half="second", after=WARM, own=_REWARD, verified=True),
 }
 
 

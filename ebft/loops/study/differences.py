@@ -11,6 +11,8 @@ from ebft.loops.ablation.intervals import Interval, p_value, paired_interval
 from ebft.loops.evaluation.result import look_up, mean_differences
 from ebft.loops.study.measured import KINDS, Column, Found, Tested, totals_for
 
+_ROUNDING = 1e-9  # of float64 sums of equal terms, relatively
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -31,8 +33,13 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether both intervals leave out 0."""
-        return abs(self.seeds.mean) > self.seeds.half_width and (self.low > 0 or self.high < 0)
+        """Whether both intervals leave out 0.
+
+        Seeds that all give the same difference have not moved their policies, as RLVR without any reward does: three
+        times the same policy says nothing of other seeds.
+        """
+        varied = self.seeds.half_width > _ROUNDING * abs(self.seeds.mean)
+        return varied and abs(self.seeds.mean) > self.seeds.half_width and (self.low > 0 or self.high < 0)
 
     @property
     def better(self) -> bool:

@@ -130,7 +130,7 @@ def notes(found: Found, columns: Sequence[Column], *, level: float, seeds: int) 
     if seeds == 1:
         text = ["One seed: there is no interval over seeds."]
     if found.tested.get(WARM):
-        text.append("Warm start: SFT on the first half of the examples; (ws) goes on from there with the other half.")
+        text.append("Warm start: SFT on one half of the examples; (ws) goes on from there with the other half.")
     if any(ARMS[arm].verified for arm in found.curves):
         text.append(
             "RLVR sees single prompts with their answers, of the examples that can be verified; its runs measure the"
