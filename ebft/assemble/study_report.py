@@ -89,8 +89,9 @@ def _about(config: Mapping[str, Any], *, horizon: int) -> list[str]:
     prompts = f" and {settings['prompts']} prompts" if config["evaluation"]["greedy"] else ""
     return [
         f"Budget `{config['budget']}`, seeds {', '.join(map(str, config['seeds']))}. Every method sees {amount} in all,"
-        f" but for rounding. Table 1 is measured on {settings['eval_rows']} rows{prompts} of data that no choice was made"
-        " on; learning rates are chosen on the validation half of the held-out data, with the first seed. CE: cross-entropy in nats"
+        f" but for rounding. Table 1 is measured on {settings['eval_rows']} rows{prompts} of data that no choice was"
+        " made on; learning rates are chosen on the validation half of the held-out data, with the first seed. CE:"
+        " cross-entropy in nats"
         f" per token. FM: unbiased feature-matching loss of rollouts of {horizon} tokens, under each feature map.",
     ]
 
