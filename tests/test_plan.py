@@ -96,6 +96,11 @@ def test_predicted_memory_of_the_stages_is_that_of_their_tensors(name):
     assert 0.9 < ratios["embed"] < 1.7, ratios
 
 
+def test_flex_is_planned_for_where_it_has_no_gradient():
+    config = AutoConfig.for_model("llama", **LLAMA)
+    assert measure_rates(config, Kind(torch.float32, kernel="flex")) == measure_rates(config, FULL)
+
+
 def test_weights_and_optimizer_states_by_hand():
     config = AutoConfig.for_model("llama", **LLAMA)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))

@@ -157,7 +157,9 @@ def probe_policy(config: Any, kind: Kind, layers: int) -> CausalPolicy:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(kind.weights)
         if kind.lora:
             model = add_adapters(model, rank=kind.lora, seed=0, autocast=kind.autocast is not None)
-    return CausalPolicy(model, autocast=kind.autocast, kernel=kind.kernel, checkpointing=kind.checkpointing)
+    # flex has no gradient on a CPU; for the backward pass it keeps what chunked keeps, and a number per head and token
+    kernel = "chunked" if kind.kernel == "flex" else kind.kernel
+    return CausalPolicy(model, autocast=kind.autocast, kernel=kernel, checkpointing=kind.checkpointing)
 
 
 def _measure(policy: CausalPolicy, work: Work) -> dict[str, int]:
