@@ -100,6 +100,7 @@ def test_the_command_of_these_tests_is_a_good_one(run, tmp_path):
 BAD_OPTIONS = {
     "unknown features": ({"features": "sbrt"}, ["unknown features 'sbrt'", "did you mean 'sbert'", "hidden"]),
     "unknown attention": ({"attention": "fast"}, ["kernel 'fast'", "dense, chunked, flex, rows"]),
+    "attention without gradient": ({"attention": "flex"}, ["--attention flex", "the device is cpu", "chunked"]),
     "unknown sampler": ({"sampler": "strid"}, ["unknown sampler 'strid'", "did you mean 'strided'"]),
     "unknown objective": ({"objective": "zzz"}, ["unknown objective 'zzz'", "feature_matching"]),
     "unknown estimator": ({"estimator": "rlo"}, ["unknown estimator 'rlo'", "did you mean 'rloo'"]),

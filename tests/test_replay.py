@@ -79,6 +79,18 @@ def test_a_replay_is_what_a_run_sees_at_its_first_step(saved, tiny_folder, tiny_
     assert config["batches"] == 3
 
 
+def test_what_needs_no_gradient_may_use_flex_on_a_cpu(saved, tiny_folder, tiny_text, tmp_path):
+    command = ["rollouts", *flags(tiny(tiny_folder, tiny_text)), "--attention", "flex", "--batches", "1"]
+    out = tmp_path / "drawn"
+    result = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    ours, theirs = load_rollouts(out)[0], load_rollouts(saved)[0][:3]
+    torch.testing.assert_close(ours[schema.POLICY_LOG_PROB], theirs[schema.POLICY_LOG_PROB], atol=2e-5, rtol=0)
+    assert replay(out, {"estimator": ["rloo", "none"]}, features="ngram").rows
+    sketched = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "sketched"), "--sketch", "8"])
+    assert "--attention flex: the device is cpu" in str(sketched.exception)
+
+
 def test_the_saved_log_probs_are_those_of_scoring(saved, tiny_folder):
     td, _ = load_rollouts(saved)
     policy = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", dtype="float32", lora=2, seed=4)

@@ -131,9 +131,9 @@ def ablate_from_options(
     return found
 
 
-def check_cell(options: Mapping[str, Any]) -> None:
-    """Everything that can be known to be wrong with a run before a model is loaded."""
-    resolved, settled = resolve_run(options), settle(options)
+def check_cell(options: Mapping[str, Any], *, gradient: bool = True) -> None:
+    """Everything that can be known to be wrong with a run, or with what needs no gradient, before a model is loaded."""
+    resolved, settled = resolve_run(options, gradient=gradient), settle(options)
     build_values(settled, resolved)
     build_loss(settled, resolved["pg"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from ebft.assemble.answers import ANSWERS, answer_options
 from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
-from ebft.assemble.policy import check_decode, check_offload
+from ebft.assemble.policy import check_decode, check_gradient, check_offload
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
@@ -83,8 +83,11 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def resolve_run(options: Mapping[str, Any], *, gradient: bool = True) -> dict[str, dict[str, Any]]:
     """Check the options of a run and give those of its components, by group, defaults filled in.
+
+    Args:
+        gradient: whether the policy is scored with gradient.
 
     Raises:
         UsageError: as `settle`, `check_options` and `ebft.components.resolve_options`.
@@ -99,6 +102,8 @@ def resolve_run(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             given = {name: value for name, value in given.items() if name not in of_answers}
     resolved = resolve_options(chosen, given)
     check_options(settled)
+    if gradient:
+        check_gradient(settled)
     if answers is not None:
         resolved[ANSWERS] = resolve_options({"objective": answers["objective"]}, of_answers)["objective"]
         if not answers["pg_weight"]:

@@ -54,6 +54,20 @@ def check_decode(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_gradient(options: Mapping[str, Any]) -> None:
+    """Whether the kernel of --attention has a gradient on the device.
+
+    Raises:
+        UsageError: it has none.
+    """
+    device = choose_device(options["device"]).type if options["attention"] == "flex" else "cuda"
+    if device != "cuda":
+        raise UsageError(
+            f"--attention flex: the device is {device}, where FlexAttention has no gradient. Use --attention chunked,"
+            " or give --device cuda"
+        )
+
+
 def check_offload(options: Mapping[str, Any]) -> None:
     """Whether there is something that --offload-reference moves, and somewhere to move it, and no one else has it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def replay_from_options(
     options = {**defaults, **config["options"], **{name: defaults[name] for name in (*REPLAYED, *_OF_CALIBRATION)}}
     options = {**options, "method": "ebft", "kl": 0.0, "ce": 0.0, "entropy": 0.0, **given}
     cells = make_cells(over, options, given=given, one_at_a_time=one_at_a_time)
-    check_cells(cells, check_cell)
+    check_cells(cells, partial(check_cell, gradient=False))
     if out is not None and not (out / "replay.json").is_file():
         open_folder(out, resume=False)
         write_json(out / "replay.json", {"rollouts": str(rollouts), "over": dict(over), "options": dict(given)})
@@ -135,7 +136,7 @@ def replay_from_options(
     rows: list[dict[str, Any]] = []
     for cell in Display(console).track(cells, label="cells", total=len(cells), describe=lambda cell: cell.name):
         start = time.perf_counter()
-        resolved = resolve_run(cell.options)
+        resolved = resolve_run(cell.options, gradient=False)
         key = repr({"features": settle(cell.options)["features"], **resolved["features"]})
         if key not in embedded:
             embedded[key] = _embed(td, config, cell, resolved, stand_in)

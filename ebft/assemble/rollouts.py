@@ -53,9 +53,10 @@ def rollouts_from_options(
     if over:
         check_axes(over, allowed)
     cells = make_cells(over, options) if over else []
-    chosen = [resolve_run(cell.options) for cell in cells]
+    chosen = [resolve_run(cell.options, gradient=bool(sketch)) for cell in cells]
     cells = [replace(cell, options=settle(cell.options)) for cell in cells]
-    resolved, given, options = resolve_run(options), dict(options), settle(options)
+    resolved, given = resolve_run(options, gradient=bool(sketch)), dict(options)
+    options = settle(options)
     check_anchors(options)
     open_folder(out, resume=False)
     data = read_data(options)
