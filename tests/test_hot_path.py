@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from ebft import schema, static_decode
 from ebft.assemble import build_pipeline, resolve_run, settle
+from ebft.assemble.reward import decoder
 from ebft.attention import chunked
-from ebft.loading import add_adapters, load_causal_lm
+from ebft.loading import add_adapters, load_causal_lm, load_tokenizer
 from ebft.loops.clock import Clock
 from ebft.loops.scoring import score
 from ebft.loops.stages import at_step
@@ -206,6 +207,14 @@ def test_static_steps_of_sampling_wait_for_nothing(monkeypatch):
     assert waits(sample(policy, 9)) == few <= 5
     assert waits(sample(policy, 9, top_p=0.9)) == few
     assert waits(sample(eager, 9)) > waits(sample(eager, 2)) > few
+
+
+def test_texts_are_read_at_once(options):
+    decode = decoder(load_tokenizer(options["policy"]))
+    tokens = torch.arange(40).view(8, 5) + 3
+    mask = torch.arange(5) < torch.arange(8)[:, None] % 6
+    assert waits(lambda: decode(tokens, mask)) == 2
+    assert decode(tokens, mask)[3] == decode(tokens[3:4, :3], mask[3:4, :3])[0] != ""
 
 
 def test_what_is_watched_of_a_batch_is_read_at_once(options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from tensordict.utils import NestedKey
@@ -99,10 +100,8 @@ def decoder(tokenizer: Any, *, stop: Sequence[str] = ()) -> Decode:
     """
 
     def decode(tokens, mask) -> list[str]:
-        return [
-            cut_text(tokenizer.decode(row[real].tolist(), skip_special_tokens=True, **_AS_IT_IS), stop)
-            for row, real in zip(tokens, mask, strict=True)
-        ]
+        rows = (list(compress(*pair)) for pair in zip(tokens.tolist(), mask.tolist(), strict=True))
+        return [cut_text(tokenizer.decode(row, skip_special_tokens=True, **_AS_IT_IS), stop) for row in rows]
 
     return decode
 
