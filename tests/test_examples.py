@@ -76,6 +76,8 @@ def test_hub_rows(monkeypatch):
     fake = type("datasets", (), {"load_dataset": staticmethod(lambda source, split: rows)})
     monkeypatch.setitem(__import__("sys").modules, "datasets", fake)
     assert load_examples("someone/data") == [Example("data set someone/data, row 0", "p", "a")]
+    assert has_examples("someone/data")
+    rows[0] = {"text": "t", "answer": "a"}
     assert not has_examples("someone/data")
 
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ebft.assemble.protections import say_protections
+from ebft.assemble.rows import FIELDS, read_parts
 from ebft.data.card import QUANTILES, part_rows, sample
 from ebft.data.examples import Example
-from ebft.data.named import DATA_SETS, load_parts
+from ebft.data.named import DATA_SETS
 from ebft.loading import load_tokenizer
 
 
 def list_data_sets(console: Console) -> None:
     """A line for each data set that has a name."""
+    width = max(map(len, DATA_SETS))
     for name, data_set in DATA_SETS.items():
-        console.print(f"[cyan]{name:<15}[/cyan] {escape(data_set.summary)}", highlight=False, soft_wrap=True)
+        console.print(f"[cyan]{name:<{width}}[/cyan] {escape(data_set.summary)}", highlight=False, soft_wrap=True)
 
 
-def print_card(name: str, *, policy: str, console: Console) -> None:
+def print_card(name: str, *, policy: str, console: Console, fields: Mapping[str, str | None] | None = None) -> None:
     """Counts, lengths in tokens, licence, source and a sample of a data set, or of a file.
 
+    Args:
+        fields: options of `rows.FIELDS`, None where not given.
+
     Raises:
-        UsageError: there is no such data, or no tokenizer for `policy`.
+        UsageError: there is no such data, no tokenizer for `policy`, or a field that the data does not have.
     """
     data_set = DATA_SETS.get(name)
-    parts = load_parts(name)
+    parts = read_parts({**dict.fromkeys(FIELDS), **(fields or {}), "data": name})
     tokenizer = load_tokenizer(policy)
     console.print(f"[bold]{escape(name)}[/bold]" + (f": {escape(data_set.summary)}" if data_set else ""))
     if data_set:

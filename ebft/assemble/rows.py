@@ -15,10 +15,12 @@ from ebft import schema
 from ebft.data.documents import Document
 from ebft.data.example_rows import count_unfit, pack_examples, prompt_rows
 from ebft.data.examples import Example, Fields
-from ebft.data.named import DATA_SETS, half, load_parts, training_half
+from ebft.data.named import DATA_SETS, Parts, half, load_parts, training_half
 from ebft.data.packing import pack
 from ebft.errors import UsageError
 from ebft.samplers.anchors import strided
+
+FIELDS = ("text_field", "prompt_field", "answer_field", "tests_field")  # what a file or hub data set calls its parts
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,7 @@ def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
     Raises:
         UsageError: what the loaders raise, or an option that the data has no use for.
     """
-    source, text_field = options["data"], options["text_field"]
-    named = {part: options[f"{part}_field"] for part in ("prompt", "answer", "tests")}
-    given = {part: name for part, name in named.items() if name is not None}
-    if source in DATA_SETS:
-        for name in ("text_field", *(f"{part}_field" for part in named)):
-            if options[name] is not None:
-                raise UsageError(
-                    f"{_flag(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
-                    " its own: leave it out"
-                )
-    elif given and text_field is not None:
-        raise UsageError(
-            f"--text-field {text_field} is for plain text, and {_flag(f'{next(iter(given))}_field', options)} for"
-            " examples: leave out one of them"
-        )
-    parts = load_parts(source, fields=Fields(**given) if given else None, text_field=text_field)
+    source, parts = options["data"], read_parts(options)
     if "training" not in parts and training:
         raise UsageError(f"--data {source} is for evaluation alone, never for training: choose other data")
     train: Any = parts.get("training", ())
@@ -74,6 +61,29 @@ def read_data(options: Mapping[str, Any], *, training: bool = True) -> Data:
             " 'prompt' and 'answer'"
         )
     return Data(train, held_out, answers=answers)
+
+
+def read_parts(options: Mapping[str, Any]) -> Parts:
+    """The parts of --data, with its fields as the options of `FIELDS` name them.
+
+    Raises:
+        UsageError: what the loaders raise, or an option that the data has no use for.
+    """
+    source, text_field = options["data"], options["text_field"]
+    given = {name.removesuffix("_field"): options[name] for name in FIELDS[1:] if options[name] is not None}
+    if source in DATA_SETS:
+        for name in FIELDS:
+            if options[name] is not None:
+                raise UsageError(
+                    f"{_flag(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
+                    " its own: leave it out"
+                )
+    elif given and text_field is not None:
+        raise UsageError(
+            f"--text-field {text_field} is for plain text, and {_flag(f'{next(iter(given))}_field', options)} for"
+            " examples: leave out one of them"
+        )
+    return load_parts(source, fields=Fields(**given) if given else None, text_field=text_field)
 
 
 def _flag(name: str, options: Mapping[str, Any]) -> str:

@@ -75,6 +75,9 @@ def study_from_options(
         level=level,
     )  # fmt: skip
     _open(plan, config, console)
+    asked = settings.get("arms") or read_budget(budget, name).settings.get("arms", ())
+    if left_out := [arm for arm in ARMS if ARMS[arm].verified and arm in asked and arm not in plan.arms]:
+        console.print(f"{', '.join(left_out)}: left out, as there is nothing to verify answers with")
     if tested:
         say_protections(console)
 

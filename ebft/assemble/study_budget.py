@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -84,7 +84,10 @@ def read_budget(name: str, task: str) -> Budget:
     return Budget(
         _settings(settings, where),
         _run_options(_section(content, "run", where), f"{where}, run"),
-        {name: _run_options(_section(methods, name, where), f"{where}, methods: {name}") for name in methods},
+        {
+            name: _run_options(_section(methods, name, where), f"{where}, methods: {name}", without=("data", "policy"))
+            for name in methods
+        },
     )
 
 
@@ -159,13 +162,18 @@ def _settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _run_options(found: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of `run`, those of a `preset` under them."""
+def _run_options(found: Mapping[str, Any], where: str, *, without: Collection[str] = ("data",)) -> dict[str, Any]:
+    """Options of `run`, those of a `preset` under them, but for those that a study says itself.
+
+    Args:
+        without: of the preset: its data, as that is the task's, and of one method's also the policy.
+    """
     from ebft.commands.run import run
 
     options = dict(found)
     preset = options.pop("preset", None)
-    options = {**({} if preset is None else read_preset(preset)), **options}
+    below = {} if preset is None else read_preset(preset)
+    options = {**{name: value for name, value in below.items() if name not in without}, **options}
     hints = typing.get_type_hints(run)
     check_names(options, hints, where)
     return {name: convert(value, hints[name], f"{where}: {name}") for name, value in options.items()}

@@ -71,7 +71,7 @@ def of_text(
     ] = None,
     answer_field: Annotated[str | None, option(DATA, "Field that holds the answer (default answer)")] = None,
     tests_field: Annotated[
-        str | None, option(DATA, "Field that holds the tests of a program, a string or a list (default tests)")
+        str | None, option(DATA, "Field that holds the tests of a program: a string, or a list of them (default tests)")
     ] = None,
     chat: Annotated[
         bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebft.data.records import decode, hub_rows, json_lines, read, read_text, text_of
+from ebft.data.records import decode, hub_rows, is_hub_id, json_lines, read, read_text, text_of
 from ebft.data.split import split_by
 from ebft.errors import UsageError
 
@@ -18,8 +18,6 @@ DEFAULT_TEXT_FIELD = "text"
 
 # Tests are data rather than code to learn from, and other people's packages differ from machine to machine.
 _STDLIB_SKIP = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".py", ".md")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def load_documents(source: str, *, text_field: str | None = None) -> list[Docume
     if path.exists():
         _refuse_text_field(text_field, f"the text file {source}")
         return [Document(path.name, read_text(path))]
-    if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_SUFFIXES):
+    if not is_hub_id(source):
         raise UsageError(f"no such file or folder: {source}")
     return _load_hub(source, field)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-from ebft.data.records import SHOWN, Record, hub_rows, json_lines, shown, tab_separated, text_of
+from ebft.data.records import SHOWN, Record, hub_rows, is_hub_id, json_lines, shown, tab_separated, text_of
 from ebft.data.split import split_by
 from ebft.errors import UsageError
 
@@ -44,8 +44,8 @@ def load_examples(source: str, *, fields: Fields | None = None) -> list[Example]
 
     Args:
         source: a `.jsonl` file, an object a line; a `.tsv` file, whose first line names the fields; anything else, the
-            id of a hub data set, of which the split `train` is read (needs `ebft[hub]`). Tests are a string or a list
-            of strings.
+            id of a hub data set, of which the split `train` is read (needs `ebft[hub]`). Tests are a string, a list
+            of strings, or a string that holds such a list.
         fields: what the parts are called there.
 
     Raises:
@@ -62,14 +62,22 @@ def load_examples(source: str, *, fields: Fields | None = None) -> list[Example]
 
 
 def has_examples(source: str, *, fields: Fields | None = None) -> bool:
-    """Whether `source` is a file of examples: a TSV file, or JSON lines whose first has a prompt and an answer."""
+    """Whether `source` holds examples: a TSV file, or JSON lines or a hub data set whose first has prompt and answer.
+
+    Raises:
+        UsageError: the first line or row cannot be read.
+    """
     fields = fields or Fields()
     path = Path(source).expanduser()
-    if path.suffix not in TABLES or not path.is_file():
-        return False
     if path.suffix == ".tsv":
-        return True
-    first = next(islice(json_lines(path, wanted="fields"), 1), None)
+        return path.is_file()
+    if path.suffix == ".jsonl" and path.is_file():
+        records = json_lines(path, wanted="fields")
+    elif is_hub_id(source):
+        records = hub_rows(source)
+    else:
+        return False
+    first = next(records, None)
     return first is not None and {fields.prompt, fields.answer} <= first[1].keys()
 
 
@@ -113,9 +121,19 @@ def _example(record: Record, where: str, fields: Fields) -> Example:
 def _tests(value: object, name: str, where: str) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _listed(value)
     tests = [value] if isinstance(value, str) else value
     if not isinstance(tests, list) or not all(isinstance(test, str) and test.strip() for test in tests):
         raise UsageError(
             f"{where}: the field {name!r} is {shown(value)[:SHOWN]}, expected Python source or a list of it"
         )
     return tuple(tests)
+
+
+def _listed(text: str) -> object:
+    """The list that a string holds, which as a program would be no test of anything; else the string."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text

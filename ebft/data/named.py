@@ -13,6 +13,7 @@ from ebft.data import qa_code, translation
 from ebft.data.build import COUNTS
 from ebft.data.documents import STDLIB, Document, load_documents, split_documents
 from ebft.data.examples import Example, Fields, has_examples, load_examples, split_examples
+from ebft.data.records import hub_rows, text_of
 from ebft.errors import UsageError
 
 HALVES = ("validation", "test")  # of held-out data: choices are made on the first and judged on the second
@@ -47,12 +48,27 @@ def _of_language(language: str) -> list[Example]:
     return [example for example in translation.load_translation() if example.prompt.startswith(start)]
 
 
+def _load_whole(source: str) -> list[Document]:
+    """Each row's two fields as one text: a program has no question, and nothing of it is an answer."""
+    option = f"--data {source} --text-field"
+    rows = [(where, [text_of(row, name, where, option=option) for name in _FIELDS]) for where, row in hub_rows(source)]
+    return [Document(where, "".join(texts)) for where, texts in rows if "".join(texts).strip()]
+
+
+def _of_the_paper(summary: str, source: str, load: Callable[..., Any], **options: Any) -> DataSet:
+    return DataSet(f"the paper's {summary}, from the hub", "as stated on the hub", f"hub data set {source}",
+                   partial(load, source, **options))  # fmt: skip
+
+
 def _licences(sources: dict[str, Any], *more: str) -> str:
     return ", ".join([*(f"{name} {licence}" for name, (_, licence) in sources.items()), *more])
 
 
 _CATALOGUES = " and ".join(wheel.requirement for wheel, _ in translation.CATALOGUES.values())
-_PAPER_QA_CODE = "sjelassi/opencode-instruct_100k_200tok"
+_PAPER_QA_CODE, _PAPER_CODE, _PAPER_TRANSLATION = (
+    f"sjelassi/{name}" for name in ("opencode-instruct_100k_200tok", "swallow_code_20m", "alma")
+)
+_FIELDS = ("question", "answer")  # of all three: the configurations that the authors released
 _CODE = DataSet(
     "Python source of the standard library, without its tests", qa_code.STDLIB_LICENCE, "this Python",
     partial(load_documents, STDLIB),
@@ -85,10 +101,13 @@ DATA_SETS: dict[str, DataSet] = {
         )
         for language, name in translation.LANGUAGES.items()
     },
-    # The authors' own data; the names of its fields are those of their released script.
-    "paper-qa-code": DataSet(
-        "the paper's 100k of OpenCodeInstruct, from the hub", "as stated on the hub", f"hub data set {_PAPER_QA_CODE}",
-        partial(load_examples, _PAPER_QA_CODE, fields=Fields(prompt="question")),
+    "paper-qa-code": _of_the_paper(
+        "100k questions of OpenCodeInstruct, with tests", _PAPER_QA_CODE, load_examples,
+        fields=Fields(*_FIELDS, tests="unit_tests"),
+    ),
+    "paper-code": _of_the_paper("40k programs of SwallowCode", _PAPER_CODE, _load_whole),
+    "paper-translation": _of_the_paper(
+        "100k pairs of ALMA-Human-Parallel", _PAPER_TRANSLATION, load_examples, fields=Fields(*_FIELDS)
     ),
 }  # fmt: skip
 
@@ -96,7 +115,8 @@ DATA_SETS: dict[str, DataSet] = {
 def load_parts(source: str, *, fields: Fields | None = None, text_field: str | None = None) -> Parts:
     """The parts of a data set by its name, or of anything that `load_examples` or `load_documents` reads.
 
-    A file is read as examples where it has them (`has_examples`), anything where `fields` are given; else as documents.
+    A file or hub data set is read as examples where it has them (`has_examples`), anything where `fields` are given;
+    else as documents.
 
     Raises:
         UsageError: what the loaders raise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from ebft.errors import UsageError
 
 Record = Mapping[str, Any]
 SHOWN = 60  # characters of a bad line or value in an error
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_SUFFIXES = (".jsonl", ".json", ".tsv", ".txt", ".py", ".md")
 
 
 def read(path: Path) -> bytes:
@@ -91,6 +95,12 @@ def tab_separated(path: Path) -> Iterator[tuple[str, Record]]:
                 f" ({', '.join(names)}). A text with a tab or a line break wants a .jsonl file"
             )
         yield f"{path}, line {number}", dict(zip(names, values, strict=True))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source`, which is no file or folder here, may be the id of a hub data set."""
+    there = Path(source).expanduser().exists()
+    return not there and _HUB_ID.fullmatch(source) is not None and not source.endswith(_FILE_SUFFIXES)
 
 
 def hub_rows(source: str) -> Iterator[tuple[str, Record]]:
