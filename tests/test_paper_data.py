@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from ebft import cli
 from ebft.assemble import print_card
+from ebft.assemble.evaluation import load_data
 from ebft.assemble.rows import read_data
 from ebft.assemble.study_arms import TASKS
-from ebft.commands.derived import run_defaults
+from ebft.commands.derived import evaluate_defaults, run_defaults
 from ebft.data.documents import Document
 from ebft.data.examples import Example, load_examples
 from ebft.data.named import DATA_SETS, load_parts
@@ -31,7 +32,7 @@ ROWS = {
         "unit_tests": json.dumps([f"\nassert f{i}(1) == {i + 1}", f"\nassert f{i}(0) == {i}"]),
     },
     "sjelassi/swallow_code_20m": lambda i: {"question": f"# {i}\n", "answer": PROGRAM.format(i)},
-    "sjelassi/alma": lambda i: {"question": f"Translate from German to English:\nHaus {i}\n", "answer": f"House {i}"},
+    "sjelassi/alma": lambda i: {"question": f"To English: Haus {i}\n", "answer": f"House {i}"},
     "someone/questions": lambda i: {"prompt": f"Add {i}.\n", "answer": PROGRAM.format(i), "tests": [f"f{i}(1)"]},
     "someone/texts": lambda i: {"text": PROGRAM.format(i), "answer": "no prompt beside it"},
 }
@@ -82,7 +83,7 @@ def test_programs_are_whole_texts():
 
 def test_translations_have_answers():
     found = {example.prompt: example for example in whole("paper-translation")}
-    assert found["Translate from German to English:\nHaus 7\n"].answer == "House 7"
+    assert found["To English: Haus 7\n"].answer == "House 7"
     assert not any(example.tests for example in found.values())
 
 
@@ -119,6 +120,13 @@ def test_a_string_that_holds_another_list_is_refused(tmp_path):
     path.write_text(json.dumps({"prompt": "p", "answer": "a", "tests": "[1, 2]"}))
     with pytest.raises(UsageError, match=r"the field 'tests' is \[1, 2\], expected Python source or a list of it"):
         load_examples(str(path))
+
+
+def test_own_field_names_beside_the_prompts_of_a_data_set_with_a_name():
+    fields = {"prompt_field": "question", "answer_field": "answer", "tests_field": "unit_tests"}
+    source = "sjelassi/opencode-instruct_100k_200tok"
+    data = load_data({**evaluate_defaults(), "data": source, **fields, "prompts_from": "humaneval"}, ())
+    assert data.held_out[0].tests
 
 
 def card(name, policy, **fields):

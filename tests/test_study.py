@@ -8,18 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from ebft import cli
 from ebft.assemble.ablate import check_cell
 from ebft.assemble.rows import read_data
-from ebft.assemble.study_arms import TASKS, Task, answers_prompts, arm_options, find_verifier, shared_options
+from ebft.assemble.study_arms import (
+    TASKS,
+    Task,
+    answers_prompts,
+    arm_options,
+    evaluation_options,
+    find_verifier,
+    shared_options,
+)
 from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
-from ebft.commands.derived import run_defaults
+from ebft.commands.derived import evaluate_defaults, run_defaults
 from ebft.components.methods import with_defaults
 from ebft.data.split import unit_hash
 from ebft.errors import UsageError
@@ -378,6 +388,50 @@ def test_p_values_in_closed_form():
     assert p_value(values) == pytest.approx(1 - x / math.sqrt(2 + x * x), rel=1e-9)
     assert math.isnan(p_value([1.0]))
     assert (p_value([2.0, 2.0]), p_value([0.0, 0.0])) == (0.0, 1.0)
+
+
+# Programs that are judged alike
+
+
+def judging(flags, *, task="qa-code", budget="small", tests=True):
+    """What a study says of judging programs: of its runs by RLVR, and of its evaluations."""
+    chosen = read_budget(budget, task)
+    settings = settle_settings(chosen, {}, where=budget, verifier="unit_tests")
+    shared = shared_options(chosen, task=TASKS[task], flags=flags, defaults=run_defaults())
+    arms = arm_options(
+        chosen, settings, shared, flags=flags, verifier="unit_tests", per_row=1.0, tests=tests
+    )  # fmt: skip
+    measured = evaluation_options(
+        settings, shared, task=TASKS[task], answers=True, defaults=evaluate_defaults(), bootstrap=50, level=0.95
+    )
+    return [{name: own[name] for name in ("test_timeout", "test_prompt")} for own in (arms["rlvr"], measured)]
+
+
+def test_training_and_scoring_judge_the_same_programs(study, tmp_path):
+    config = json.loads((study[1] / "study.json").read_text())
+    assert config["options"]["rlvr"]["test_timeout"] == config["evaluation"]["test_timeout"] == 20
+    flags = {"test_timeout": 9.0, "test_prompt": False}
+    assert judging(flags) == [flags, flags]
+    own = yaml.safe_load((ROOT / "ebft/budgets/small.yaml").read_text())
+    own["run"]["test_timeout"], own["methods"]["rlvr"]["test_prompt"] = 8, False
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert judging({}, budget=str(tmp_path / "mine.yaml")) == [{"test_timeout": 8.0, "test_prompt": False}] * 2
+
+
+def test_an_evaluation_without_flags_is_as_it_was():
+    """Folders of studies that earlier versions began go on: an evaluation of other options is refused."""
+    assert judging({})[1] == {name: evaluate_defaults()[name] for name in ("test_timeout", "test_prompt")}
+
+
+def test_how_programs_are_judged_applies_where_there_are_some():
+    budget = read_budget("small", "qa-code")
+    flags = {"test_timeout": 9.0}
+    settings = settle_settings(budget, {"arms": "sft"}, where="small")
+    shared = shared_options(budget, task=TASKS["qa-code"], flags=flags, defaults=run_defaults())
+    resolve = partial(arm_options, budget, settings, shared, flags=flags, verifier=None, per_row=1.0)
+    assert resolve(tests=True)["sft"]["test_timeout"] is None
+    with pytest.raises(UsageError, match=r"--test-timeout 9.0 applies to no arm"):
+        resolve(tests=False)
 
 
 # Budgets and mistakes

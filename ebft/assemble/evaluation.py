@@ -15,7 +15,7 @@ from ebft.assemble.checks import check_ranges, check_stop
 from ebft.assemble.pipeline import build_sampler
 from ebft.assemble.policy import policy_folder, run_options
 from ebft.assemble.reward import decoder, reader
-from ebft.assemble.rows import Data, check_anchors, pack_part, read_data, spread_rows, usable_rows
+from ebft.assemble.rows import FIELDS, Data, check_anchors, pack_part, read_data, spread_rows, usable_rows
 from ebft.components import choose, resolve_options
 from ebft.components.features import FEATURES
 from ebft.data.example_rows import prompt_rows
@@ -32,7 +32,7 @@ HORIZONS = (1, 2, 4, 8, 16, 32, 64)
 KS = (1, 4, 16)
 MAP_OPTIONS = tuple(dict.fromkeys(option for entry in FEATURES.values() for option in entry.options))
 # Where data comes from: for a run's policy, what the run had, where nothing else is asked for.
-_OF_THE_DATA = ("data", "text_field", "prompt_field", "answer_field", "tests_field", "chat", "length")
+_OF_THE_DATA = ("data", *FIELDS, "chat", "length")
 # What --quick takes for options that are not given.
 QUICK = {"held_out": 8, "prompts": 8, "horizons": "1,2,4,8"}
 _ANSWERS = (
@@ -193,7 +193,7 @@ def load_data(options: Mapping[str, Any], explicit: Collection[str]) -> Data:
 
 def _elsewhere(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the data of --prompts-from, all of its held-out part."""
-    fields = dict.fromkeys(("text_field", "prompt_field", "answer_field", "split"))
+    fields = dict.fromkeys((*FIELDS, "split"))
     return {**options, **fields, "data": options["prompts_from"]}
 
 

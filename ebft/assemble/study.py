@@ -125,7 +125,8 @@ def _prepare(
     decided = settle_settings(chosen, settings, where=f"--budget {budget}", verifier=verifier)
     if decided.criterion not in CRITERIA:
         raise UsageError(f"--criterion {decided.criterion!r}: expected one of {', '.join(CRITERIA)}")
-    resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier)
+    tests = _has_tests(data, task)
+    resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier, tests=tests)
     arms = resolve(per_row=1.0)
     if not arms:
         raise UsageError("--arms base: there is nothing to compare; name an arm that is trained")
@@ -161,7 +162,7 @@ def _prepare(
         "examples_in_a_row": in_a_row,
         "seeds": list(seeds),
     }
-    return plan, config, shown, _has_tests(data, task)
+    return plan, config, shown, tests
 
 
 def _check_arm(arm: str, own: Mapping[str, Any], base: str, rates: Sequence[float]) -> None:

@@ -11,7 +11,7 @@ from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.evaluation import MAP_OPTIONS
 from ebft.assemble.grid import taken_options
 from ebft.assemble.policy import policy_folder
-from ebft.assemble.rows import Data, pack_part, usable_rows
+from ebft.assemble.rows import FIELDS, Data, pack_part, usable_rows
 from ebft.assemble.study_budget import Budget, Settings
 from ebft.components import OPTION_NAMES, choose
 from ebft.components.methods import GIVEN, with_defaults
@@ -36,10 +36,13 @@ TASKS = {
 }
 VALIDATION, TEST = "validation", "test"
 
+# How programs are judged, in training and in the evaluation.
+JUDGING = ("test_timeout", "test_prompt")
 # Options of an evaluation that are those of the runs.
 _SHARED = (
-    *("data", "text_field", "prompt_field", "answer_field", "tests_field", "chat", "length", "stride", "first"),
+    *("data", *FIELDS, "chat", "length", "stride", "first"),
     *("rollouts", "temperature", "top_p", "stop", "device", "dtype", "attention"),
+    *JUDGING,
 )
 
 
@@ -51,7 +54,8 @@ def shared_options(
     Raises:
         UsageError: both --steps and --epochs, or neither.
     """
-    shared = {**defaults, "data": task.data, **budget.run, **flags, "split": VALIDATION}
+    judging = {name: value for name, value in budget.methods.get("rlvr", {}).items() if name in JUDGING}
+    shared = {**defaults, "data": task.data, **budget.run, **judging, **flags, "split": VALIDATION}
     if "steps" in flags and "epochs" in flags:
         raise UsageError(f"--epochs {flags['epochs']} and --steps {flags['steps']}: give one of the two")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -92,7 +96,7 @@ def answers_prompts(arm: str) -> bool:
 
 def arm_options(
     budget: Budget, settings: Settings, shared: Mapping[str, Any], *, flags: Mapping[str, Any], verifier: str | None,
-    per_row: float,
+    per_row: float, tests: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The options of each arm's runs, without `lr` and `seed`, and without `policy` after another arm.
 
@@ -101,12 +105,13 @@ def arm_options(
     Args:
         shared: of `shared_options`; flags: options of `run` that the user gave.
         per_row: of `examples_in_a_row`.
+        tests: whether the evaluation runs tests.
 
     Raises:
         UsageError: a flag that no arm takes, or numbers of steps that do not give every arm as many examples.
     """
     found: dict[str, dict[str, Any]] = {}
-    used = {"stop"}  # by the evaluation
+    used = {"stop", *(JUDGING if tests else ())}  # by the evaluation
     for name in settings.arms:
         arm = ARMS[name]
         if arm.method is None:
