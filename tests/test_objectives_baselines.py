@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from ebft.errors import UsageError
 from ebft.objectives.baselines import advantage
 from ebft.objectives.kernels import kernel_score_reward, kernel_values
 from ebft.objectives.moments import moment_values
-from tests.enumeration import TablePolicy, expected_update, expected_value, features, score_parts
+from tests.enumeration import TablePolicy, expected_update, expected_value, features, groups, score_parts
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 KERNELS = {
@@ -56,6 +57,35 @@ def test_unbiased_for_other_group_sizes(rollouts: int, estimator: str) -> None:
     policy, k_target, k_rollouts = setting(seed=3)
     found = update(policy, k_target, k_rollouts, rollouts, estimator=estimator)
     torch.testing.assert_close(found, policy.gradient(sum(score_parts(policy, k_target, k_rollouts))), **EXACT)
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.7])
+def test_the_tuned_baseline_is_unbiased(diversity: float) -> None:
+    """Its coefficients come from the other groups of the call: all draws of two groups of three, and a masked one."""
+    policy, targets = TablePolicy(seed=0, horizon=1), features(seed=2, outcomes=2) + 1.0
+    values = [kernel_values(features(seed=1, outcomes=len(policy.outcomes)), target) for target in targets]
+    exact = sum(policy.gradient(a + diversity * b) for a, b in (score_parts(policy, *each) for each in values)) / 2
+    index, weight = groups(policy, 3)  # [M,N]
+    log_prob, mask = policy.log_prob().sum(-1), torch.tensor([True, True, False])
+    apart, alone = [], []  # what the other group makes of the advantages of the first
+    total = torch.zeros(())
+    for a, b in itertools.product(range(len(index)), repeat=2):
+        drawn = [index[a], index[b], index[b]]
+        of = [values[0], values[1], values[1]]
+        k_target = torch.stack([t[i] for (t, _), i in zip(of, drawn, strict=True)])
+        k_rollouts = torch.stack([r[i[:, None], i] for (_, r), i in zip(of, drawn, strict=True)])
+        k_target[2] = 100.0  # what is masked is not looked at
+        tuned, plain = (
+            advantage(k_target, k_rollouts, estimator=e, diversity=diversity, mask=mask) for e in ("rloo_tuned", "rloo")
+        )
+        apart.append(tuned[0])
+        alone.append(plain[0])
+        loss = -(tuned[:2] * log_prob[torch.stack(drawn[:2])]).mean()
+        total = total + weight[a] * weight[b] * loss
+    torch.testing.assert_close(policy.gradient(total), exact, **EXACT)
+    tuned, plain = (torch.stack(x).unflatten(0, (len(index), -1)) for x in (apart, alone))
+    assert (tuned - plain).abs().max() > 0.1  # the coefficients are not all 1,
+    assert (tuned[:, :1] - tuned).abs().max() > 0.1  # and depend on the other group
 
 
 def test_rloo_with_two_rollouts_warns_only_about_the_diversity_part() -> None:

@@ -56,13 +56,14 @@ class Sequences:
         return self.policy.gradient(total)
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "rloo_tuned"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_ridge_is_unbiased(alpha: float) -> None:
+def test_ridge_is_unbiased(alpha: float, estimator: str) -> None:
     setting = Sequences()
     exact = setting.policy.gradient(setting.loss(alpha))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the diversity of 2 rollouts goes without a baseline
-        found = setting.update(diversity=alpha, token_baseline="ridge")
+        found = setting.update(diversity=alpha, token_baseline="ridge", estimator=estimator)
     torch.testing.assert_close(found, exact, **EXACT)
     assert exact.norm() > 0.1
 

@@ -19,7 +19,7 @@ baseline of single tokens, and generalised advantage estimation, are those of ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,10 @@ def rollout_scores(
     Returns:
         Scores, with reward and advantage [B,K,N]. What masked anchors get depends on `values`.
     """
-    k_target, k_rollouts = values(rollout, target, mask=mask)
+    return _scores(*values(rollout, target, mask=mask), mask, estimator=estimator, diversity=diversity)
+
+
+def _scores(k_target: Tensor, k_rollouts: Tensor, mask: Tensor, *, estimator: str, diversity: float) -> Scores:
     alone = k_target.shape[-1] < 2
     return Scores(
         kernel_score_reward(k_target, k_rollouts, diversity=diversity),
@@ -120,8 +123,9 @@ def token_scores(
         credit: "reward_to_go", "total" or "own", see the head of this module.
         horizons: weights w_g of the horizons, of ``horizons.horizon_weights``.
         token_baseline: "none", or "ridge" for ``token_baselines.ridge_values`` of the returns; unbiased, since they
-            are fitted on other sequences. trace: λ of ``token_baselines.generalised_advantage``; biased below 1. Both
-            go with ``credit="reward_to_go"`` only.
+            are fitted on other sequences (to the returns of "rloo" where the estimator is "rloo_tuned").
+        trace: λ of ``token_baselines.generalised_advantage``; biased below 1. This and the token baseline go with
+            ``credit="reward_to_go"`` only.
         tokens: [B,K,N,G] bool, True on real tokens, for the regression; None: all.
 
     Returns:
@@ -138,11 +142,9 @@ def token_scores(
             f"rollout features have shape {list(rollout.shape)} and target features {list(target.shape)};"
             " expected features of every token, [B,K,N,G,D] and [B,K,G,D]"
         )
-    options: dict[str, Any] = {"estimator": estimator, "diversity": diversity}
-    parts = [
-        rollout_scores(values, phi, goal, mask, **options)
-        for phi, goal in zip(rollout.unbind(3), target.unbind(2), strict=True)
-    ]
+    columns = zip(rollout.unbind(3), target.unbind(2), strict=True)
+    pairs = [values(phi, goal, mask=mask) for phi, goal in columns]
+    parts = [_scores(*pair, mask, estimator=estimator, diversity=diversity) for pair in pairs]
     weights = horizon_weights(horizons, rollout.shape[3]).to(rollout)
     reward, gain, alignment, similarity, scale = (
         torch.stack(column, -1) * weights for column in zip(*parts, strict=True)
@@ -153,7 +155,12 @@ def token_scores(
     value = torch.zeros_like(gain)
     if token_baseline == "ridge":
         real = torch.ones_like(gain, dtype=torch.bool) if tokens is None else tokens
-        value = ridge_values(states_before(rollout, target, gain), to_go(gain), real & mask[..., None, None])
+        fitted = gain
+        if estimator == "rloo_tuned":
+            # its coefficients would carry later tokens of the held-out sequence into the returns of the others: a bias
+            plain = [advantage(*pair, estimator="rloo", diversity=diversity) for pair in pairs]
+            fitted = torch.stack(plain, -1) * weights
+        value = ridge_values(states_before(rollout, target, fitted), to_go(fitted), real & mask[..., None, None])
     return Scores(reward, generalised_advantage(gain, value, trace=trace), *totals)
 
 
