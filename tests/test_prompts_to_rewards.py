@@ -102,14 +102,15 @@ def test_equal_prompts_are_rewarded_by_their_own_answers(policy):
         assert reward[n, 0].tolist() == expected
 
 
-def test_programs_are_rewarded_by_their_tests(policy, options):
+@pytest.mark.parametrize("chat", [False, True])
+def test_programs_are_rewarded_by_their_tests(policy, options, chat):
     """By the options of a run, on problems with tests; the rollouts are set by hand."""
     prompt = "def f(x):\n"
     examples = [
         Example("0", prompt, "    return x\n", ("assert f(3) == 3",)),
         Example("1", prompt, "    return x + 1\n", ("assert f(3) == 4", "assert f(0) == 1")),
     ]
-    chosen = options | {"objective": "verifier", "verifier": "unit_tests", "test_prompt": True}
+    chosen = options | {"objective": "verifier", "verifier": "unit_tests", "test_prompt": True, "chat": chat}
     stage = build_reward(
         settle(chosen),
         resolve_run(chosen),
@@ -118,10 +119,10 @@ def test_programs_are_rewarded_by_their_tests(policy, options):
         by=schema.EXAMPLE,
     )
     td = at_step(prompt_rows(examples, policy.tokenizer, length=32), seed=0, step=0)
-    said = ["    return x\n", "    return x + 1\n", "    raise SystemExit(0)\n", "    return"]
+    said = ["    return x\n", "    return x + 1\n", "    raise SystemExit(0)\n", "```\n    return x"]
     encoded = [torch.tensor(ids) for ids in policy.tokenizer(said)["input_ids"]]
     tokens = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=-1)
     td[schema.ROLLOUT_TOKENS] = tokens.clamp(min=0).expand(2, 1, -1, -1)
     td[schema.ROLLOUT_MASK] = (tokens >= 0).expand(2, 1, -1, -1)
     td[schema.ANCHOR_MASK] = torch.ones(2, 1, dtype=torch.bool)
-    assert stage(td)[schema.REWARD][:, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    assert stage(td)[schema.REWARD][:, 0].tolist() == [[1, 0, 0, chat], [0, 1, 0, 0]]

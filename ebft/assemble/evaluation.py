@@ -249,6 +249,7 @@ def _prompts(data: Data, policy: CausalPolicy, options: Mapping[str, Any]) -> Pr
         "ks": _ks(options),
         "eos": policy.tokenizer.eos_token_id,
         "test_prompt": options["test_prompt"],
+        "fenced": bool(options["chat"]),
         "timeout": options["test_timeout"],
         "temperature": options["answer_temperature"],
         "top_p": options["top_p"],

@@ -155,8 +155,9 @@ def _verifier(
             " data with the fields prompt, answer and tests and --method rlvr, or use chrf, bleu or exact_match"
         )
     references = None if examples is None else lambda number: made.reference(examples(number))
+    fenced = made.wants == "example" and options.get("chat")
     return verifier(
-        made.score,
+        partial(made.score, fenced=True) if fenced else made.score,
         decode=decode,
         references=references,
         by=by,

@@ -56,6 +56,8 @@ def shared_options(
     """
     judging = {name: value for name, value in budget.methods.get("rlvr", {}).items() if name in JUDGING}
     shared = {**defaults, "data": task.data, **budget.run, **judging, **flags, "split": VALIDATION}
+    if flags.get("chat") and "stop" not in flags:
+        shared["stop"] = None  # a budget's are where the code goes on that a prompt begins; chat models begin anew
     if "steps" in flags and "epochs" in flags:
         raise UsageError(f"--epochs {flags['epochs']} and --steps {flags['steps']}: give one of the two")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

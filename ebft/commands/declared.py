@@ -74,7 +74,13 @@ def of_text(
         str | None, option(DATA, "Field that holds the tests of a program: a string, or a list of them (default tests)")
     ] = None,
     chat: Annotated[
-        bool, option(DATA, "Put prompts into the model's chat template, as instruct models expect.", "--chat")
+        bool,
+        option(
+            DATA,
+            "Put prompts into the model's chat template, as instruct models expect; a program that is tested is taken"
+            " out of the first ``` fence of the answer, where it is in one",
+            "--chat",
+        ),
     ] = False,
     split: Annotated[
         str | None,

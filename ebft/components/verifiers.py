@@ -56,9 +56,9 @@ def _unit_tests(*, test_credit: str, test_timeout: float, test_prompt: bool | No
     if not test_timeout > 0:
         raise UsageError(f"--test-timeout {test_timeout}: expected seconds above 0")
 
-    def score(texts: Sequence[str], examples: Sequence[Reference]) -> Tensor:
+    def score(texts: Sequence[str], examples: Sequence[Reference], *, fenced: bool = False) -> Tensor:
         prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
-        sources = programs(texts, prompts, answers, together=test_prompt)
+        sources = programs(texts, prompts, answers, together=test_prompt, fenced=fenced)
         tests = [list(example.tests) for example in examples]
         return verifiers.unit_tests(sources, tests, credit=test_credit, timeout=test_timeout)
 

@@ -41,6 +41,7 @@ def measure_answers(
     eos: int,
     device: torch.device,
     test_prompt: bool | None = None,
+    fenced: bool = False,
     timeout: float = 5.0,
     **sampling: Any,
 ) -> Iterator[tuple[dict[Quantity, tuple[Tensor, Tensor]], list[list[str]]]]:
@@ -53,6 +54,7 @@ def measure_answers(
         samples: N, answers to each prompt; ks: of pass@k and best-of-k, each 1 to N.
         test_prompt: whether programs are prompt + answer, or the answer alone; None: prompt + answer of the examples
             whose prompt with the reference is a program.
+        fenced: take programs out of Markdown fences (`programs`).
         timeout: seconds for the tests of one program.
         sampling: temperature, ... of the engine.
 
@@ -72,7 +74,7 @@ def measure_answers(
         flat = decode(tokens[:, 0].flatten(0, 1), mask[:, 0].flatten(0, 1))
         texts = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         ended = ((tokens == eos) & mask).any(-1)[:, 0]
-        found = answer_totals(texts, own, ks=ks, test_prompt=test_prompt, timeout=timeout)
+        found = answer_totals(texts, own, ks=ks, test_prompt=test_prompt, fenced=fenced, timeout=timeout)
         found[Quantity(TOKENS)] = _mean_over_answers(mask[:, 0].sum(-1))
         found[Quantity(ENDED)] = _mean_over_answers(ended)
         yield found, texts
@@ -84,6 +86,7 @@ def answer_totals(
     *,
     ks: Sequence[int],
     test_prompt: bool | None = None,
+    fenced: bool = False,
     timeout: float = 5.0,
 ) -> dict[Quantity, tuple[Tensor, Tensor]]:
     """What N answers to each of B prompts are worth, totals [B] each.
@@ -98,7 +101,7 @@ def answer_totals(
     right = [example.answer for example in repeated]
     found: dict[Quantity, tuple[Tensor, Tensor]] = {}
     if any(example.tests for example in examples):
-        sources = programs(flat, [e.prompt for e in repeated], right, together=test_prompt)
+        sources = programs(flat, [e.prompt for e in repeated], right, together=test_prompt, fenced=fenced)
         tested = torch.tensor([bool(example.tests) for example in examples])
         passed = torch.zeros(len(flat))
         kept = [i for i, example in enumerate(repeated) if example.tests]
