@@ -15,6 +15,7 @@ from ebft.assemble import print_card
 from ebft.assemble.evaluation import load_data
 from ebft.assemble.rows import read_data
 from ebft.assemble.study_arms import TASKS
+from ebft.assemble.study_budget import read_budget, settle_settings
 from ebft.commands.derived import evaluate_defaults, run_defaults
 from ebft.data.documents import Document
 from ebft.data.examples import Example, load_examples
@@ -165,6 +166,21 @@ def test_a_preset_of_the_paper_runs_on_its_data(tiny_folder, tmp_path, task):
     assert (config["options"]["ce_tokens"] == "all") == (task == "code")
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_papers_budget_has_the_values_of_its_tables(task):
+    budget = read_budget("paper", task)
+    settings = settle_settings(budget, {}, where="paper", verifier="bleu")
+    sft, rlvr = budget.methods["sft"], budget.methods["rlvr"]
+    table_3 = {"batch": 64, "lr_schedule": "cosine", "lr_end": 0.1}
+    assert {name: sft[name] for name in table_3} == table_3
+    assert settings.lr_grid["sft"] == (1e-5,)  # Table 4: 5e-6 would want a constant rate
+    assert ARMS["warm"].rate_of == "sft"
+    assert {settings.lr_grid[arm] for arm in ("ebft", "ebft-ws", "rlvr", "rlvr-ws")} == {(1e-6,)}
+    table_5 = {"batch": 128 if task == "translation" else 32, "rollouts": 8, "max_new_tokens": 1024, "temperature": 1.0}
+    assert {name: rlvr[name] for name in table_5} == table_5
+    assert budget.methods["ebft"]["horizon"] == budget.run["horizon"] == (4 if task == "translation" else 8)
+
+
 class Prepared(Exception):
     """Everything is checked and would run now."""
 
@@ -189,5 +205,8 @@ def test_the_papers_budget_prepares_every_task(tiny_folder, tmp_path, monkeypatc
     assert [arm for arm in verified if arm in found["options"]] == (verified if verifier else [])
     assert ("rlvr, rlvr-ws: left out" in result.output) == (verifier is None)
     assert {found["options"][arm]["verifier"] for arm in verified if verifier} == ({verifier} if verifier else set())
+    if task == "qa-code":  # answers to questions are whole programs, those to HumanEval's prompts the rest of one
+        assert not found["options"]["rlvr"]["stop"]
+        assert "\ndef " in found["evaluation"]["stop"]
     assert found["answers"] == (task != "code")
     assert found["evaluation"]["prompts_from"] == ("humaneval" if task in ("qa-code", "code") else None)
