@@ -51,6 +51,13 @@ CONFIGS = {
     "cohere": {**GATED, "logit_scale": 0.5},
     "qwen3_moe": {**GATED, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**GATED, "num_local_experts": 4, "sliding_window": 5, "num_experts_per_tok": 2},
+    "deepseek_v3": {  # values of another width than keys
+        **{k: v for k, v in GATED.items() if k != "head_dim"},
+        "num_key_value_heads": 4,
+        **{"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 24, "first_k_dense_replace": 1},
+    },
 }
 NAMES = tuple(CONFIGS)
 

@@ -117,8 +117,8 @@ class Decode:
             scores[..., seen:reach].masked_fill_(hidden, -torch.inf)
             scores[..., reach:].masked_fill_(own_hidden[teeth].permute(0, 2, 3, 1, 4), -torch.inf)
             weights = softmax(scores, rule, dtype=query.dtype)
-            out = (weights[..., :reach].flatten(2, 3).flatten(0, 1) @ trunk_value[:, :reach]).view_as(grouped)
-            on_trunk.append(out.permute(0, 3, 1, 2, 4))  # [B,C,J,H/J,E]
+            out = weights[..., :reach].flatten(2, 3).flatten(0, 1) @ trunk_value[:, :reach]
+            on_trunk.append(out.view(*grouped.shape[:4], -1).permute(0, 3, 1, 2, 4))  # [B,C,J,H/J,E]
             on_own.append(weights[..., reach:].permute(0, 3, 1, 2, 4))
         weights = torch.cat(on_own, 1).flatten(0, 1)[self._place]
         out = torch.cat(on_trunk, 1).flatten(0, 1)[self._place] + weights @ own_value
