@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ebft.draw import is_truncated, sampling_log_probs
+from ebft.tuning import PerDevice
 
 Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [R,V] of two models -> [R]
 
@@ -102,8 +103,8 @@ def _product_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-# Rows of logits handled at once: a few of a large vocabulary fit into a processor's cache.
-_ROWS_IN_CACHE = 8
+# Rows of logits handled at once: a few of a large vocabulary fit into a processor's cache. On a GPU: all there are.
+ROWS_IN_CACHE = PerDevice(cpu=8, cuda=1 << 20)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -114,13 +115,13 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> t
 
 def _log_normalisers(logits: torch.Tensor) -> torch.Tensor:
     """[R,V] -> log Σ_v exp z_v, [R,1]."""
-    return torch.cat([rows.logsumexp(-1, keepdim=True) for rows in logits.split(_ROWS_IN_CACHE)])
+    return torch.cat([rows.logsumexp(-1, keepdim=True) for rows in logits.split(ROWS_IN_CACHE.on(logits.device))])
 
 
 def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """log softmax(h Wᵀ/τ) [R,V] in at least float32, computed in place."""
     logits = _logits(hidden, weight, temperature)
-    for rows in logits.split(_ROWS_IN_CACHE):
+    for rows in logits.split(ROWS_IN_CACHE.on(logits.device)):
         rows.sub_(rows.logsumexp(-1, keepdim=True))
     return logits
 
@@ -199,7 +200,8 @@ class _TrainedHead(torch.autograd.Function):
             slope = _logits(states, weight, ctx.temperature)
             inside = [slope, normaliser[part], gradient[part].sum(-1, keepdim=True)]
             inside += [on_entropy[part, None], spread[part, None]] if ctx.entropy else []
-            for log_probs, own, pull, *more in zip(*(x.split(_ROWS_IN_CACHE) for x in inside), strict=True):
+            few = ROWS_IN_CACHE.on(slope.device)
+            for log_probs, own, pull, *more in zip(*(x.split(few) for x in inside), strict=True):
                 log_probs.sub_(own)
                 if more:
                     on_spread, own_spread = more

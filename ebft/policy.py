@@ -28,6 +28,7 @@ from ebft.offload import Offload, frozen_copy, move_to_cpu
 from ebft.rows import row_states
 from ebft.static_decode import DECODES, StaticDecoder
 from ebft.taps import layer_outputs, recomputed
+from ebft.tuning import PerDevice
 
 if TYPE_CHECKING:
     from ebft.sharding import ShardedModel
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 # Kernels of a policy: those of a comb, and one plain forward pass per rollout.
 KERNELS = (*attention.KERNELS, "rows")
 
-HEAD_ROWS = 128  # of the head that are computed at once, unless a policy is told otherwise
+# Rows of the head that are computed at once, unless a policy is told otherwise.
+HEAD_ROWS = PerDevice(cpu=128, cuda=512)
 
 
 class CausalPolicy:
@@ -54,7 +56,7 @@ class CausalPolicy:
             ``rows``: one plain forward pass per rollout. None: the fastest known for the model and its device.
         checkpointing: keep only what enters each decoder layer for the backward pass of `score`, and compute the rest
             again: about a third more time, a fraction of the memory.
-        head_rows: rows of the head computed at once.
+        head_rows: rows of the head computed at once; None: as many as are fast on the device.
         decode: how `sample` runs its steps: ``eager``, without what has ended; ``compile`` or ``graph``, with static
             shapes through torch.compile or as one CUDA graph (`ebft.static_decode`).
         offload_frozen: keep `reference()`, where it is a copy, and other frozen networks of this policy in CPU memory
@@ -73,17 +75,18 @@ class CausalPolicy:
         autocast: torch.dtype | None = None,
         kernel: str | None = None,
         checkpointing: bool = False,
-        head_rows: int = HEAD_ROWS,
+        head_rows: int | None = None,
         decode: str = "eager",
         offload_frozen: bool = False,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.autocast, self.checkpointing, self.head_rows = autocast, checkpointing, head_rows
+        self.autocast, self.checkpointing = autocast, checkpointing
         self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         if getattr(self.causal_lm.config, "is_encoder_decoder", False):
             raise UsageError(f"{type(self.causal_lm).__name__} is an encoder-decoder: expected a causal language model")
         self.offload_frozen = offload_frozen
         self.offload: Offload | None = None  # of the weights of this policy itself, if it is frozen
+        self.head_rows = HEAD_ROWS.on(self.device) if head_rows is None else head_rows
         self.adapters_off = False
         self.sharded: ShardedModel | None = None  # see `ebft.sharding.shard`
         self._plain_attention = self.causal_lm.config._attn_implementation

@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 from torch.nn.functional import pad
 
+from ebft.attention.flex import bucketed
 from ebft.attention.static import StaticDecode
 from ebft.draw import draw, keyed_uniform
 from ebft.errors import UsageError
@@ -29,6 +30,7 @@ DECODES = ("eager", "compile", "graph")
 BACKEND = "inductor"  # of torch.compile
 _CAPTURED = 4  # graphs that are kept, each with buffers of its own: training, held-out, and their last batches
 _COMPILED = 64  # graphs for as many shapes; more are an error
+LEAST_DRAWN = 8  # that the rows of a draw are multiples of
 _LOOK_EVERY = 16  # steps after which the host asks whether all rollouts have ended
 
 
@@ -112,7 +114,8 @@ class StaticDecoder:
 
     def _step(self, key: tuple, state: State, settings: dict[str, Any], eos: int | None) -> None:
         hidden, uniform = self._run(advance, key, state)
-        rows = self._policy.head_rows
+        draws = -(-len(hidden) // self._policy.head_rows)
+        rows = min(self._policy.head_rows, bucketed(-(-len(hidden) // draws), least=LEAST_DRAWN))
         parts = zip(*(pad(x, (0, 0, 0, -len(x) % rows)).split(rows) for x in (hidden, uniform)), strict=True)
         drawn = [self._run(pick, (rows, key[-2]), *part, settings) for part in parts]
         token, log_prob = (torch.cat(found)[: len(hidden)] for found in zip(*drawn, strict=True))

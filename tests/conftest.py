@@ -9,6 +9,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import pytest
 
+from ebft import static_decode
 from tests.runs import tiny_options, write_tiny_model, write_tiny_text
 
 
@@ -49,3 +50,20 @@ def tiny_text(tmp_path_factory):
 def options(tiny_folder, tiny_text):
     """The command line's options for a tiny run."""
     return tiny_options(tiny_folder, tiny_text)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """CUDA graphs as they look from a CPU: steps that can be replayed on the tensors that they were captured with."""
+    made = []
+
+    def capture(step, changed):
+        before = [x.clone() for x in changed]
+        step()
+        for x, value in zip(changed, before, strict=True):
+            x.copy_(value)
+        made.append(step)
+        return step
+
+    monkeypatch.setattr(static_decode, "capture", capture)
+    return made

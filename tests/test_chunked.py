@@ -5,6 +5,7 @@ import torch
 
 from ebft.attention import Score
 from ebft.attention.masks import partly_hidden
+from ebft.attention.registered import rounded
 from ebft.attention.rule import ScoreRule
 from ebft.layout import NestedPrefixLayout
 
@@ -27,7 +28,9 @@ def attention(layout, kernel, inputs, rule, autocast=None):
     sinks = None if rule["sinks"] is None else rule["sinks"].clone().requires_grad_()
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         out = Score(layout, kernel)(
-            0, *inputs, ScoreRule(scaling=0.3, window=rule.get("window"), softcap=rule["softcap"], sinks=sinks)
+            0,
+            *rounded(*inputs),
+            ScoreRule(scaling=0.3, window=rule.get("window"), softcap=rule["softcap"], sinks=sinks),
         )
     pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
     wanted = [*inputs, *([] if sinks is None else [sinks])]
@@ -60,10 +63,9 @@ def test_values_and_gradients_equal_the_dense_kernel(layout, rule):
 
 
 def test_in_bfloat16_it_errs_as_the_dense_kernel_does(layout):
-    exact = attention(layout, "dense", tensors(layout, torch.float64), PLAIN)
-    rounded = [x.bfloat16().double() for x in tensors(layout, torch.float64)]
-    inputs = [x.float() for x in rounded]
-    exact = attention(layout, "dense", rounded, PLAIN)
+    coarse = [x.bfloat16().double() for x in tensors(layout, torch.float64)]
+    inputs = [x.float() for x in coarse]
+    exact = attention(layout, "dense", coarse, PLAIN)
     for name in ("dense", "chunked"):
         found = attention(layout, name, inputs, PLAIN, autocast=torch.bfloat16)
         assert found[0].dtype == torch.bfloat16

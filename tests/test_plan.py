@@ -14,7 +14,7 @@ from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.planning.live import live_bytes
 from ebft.planning.memory import Kind, Work, measure_rates, sampling_bytes, scoring_bytes
-from ebft.planning.plan import HEAD_ROWS, count_weights, state_bytes
+from ebft.planning.plan import count_weights, state_bytes
 from ebft.planning.products import multiply
 from ebft.planning.speed import Device, stage_seconds, update_seconds
 from ebft.policy import CausalPolicy
@@ -86,9 +86,9 @@ def test_predicted_memory_of_the_stages_is_that_of_their_tensors(name):
     }
     rates = measure_rates(config, kind)
     predicted = {
-        "sample": sampling_bytes(config, kind, rates["embed"], work, head_rows=HEAD_ROWS),
+        "sample": sampling_bytes(config, kind, rates["embed"], work, head_rows=policy.head_rows),
         "embed": rates["embed"].at(LAYERS, work.trunk, work.teeth("embed")),
-        "score": scoring_bytes(config, kind, rates["score"], work, head_rows=HEAD_ROWS),
+        "score": scoring_bytes(config, kind, rates["score"], work, head_rows=policy.head_rows),
     }
     ratios = {stage: predicted[stage] / true[stage] for stage in true}
     assert 0.9 < ratios["score"] < 1.1, ratios

@@ -16,12 +16,13 @@ from torch import Tensor
 from ebft.attention.masks import partly_hidden
 from ebft.attention.rule import ScoreRule, cap, scaled_products
 from ebft.layout import NestedPrefixLayout
+from ebft.tuning import PerDevice
 
 # Anchors per call: more read trunk that not all of them see, fewer make more and smaller products.
-ANCHORS_PER_CALL = 8
+ANCHORS_PER_CALL = PerDevice(cpu=8, cuda=32)
 
 # Trunk tokens per call, for the same reason.
-TOKENS_PER_CALL = 128
+TOKENS_PER_CALL = PerDevice(cpu=128, cuda=512)
 
 
 class Chunk(NamedTuple):
@@ -46,11 +47,12 @@ class Chunk(NamedTuple):
 def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
     """All slots of a row, in chunks."""
     length, per_anchor = layout.length, layout.rollouts * layout.horizon
-    stops = [(start, min(start + TOKENS_PER_CALL, length)) for start in range(0, length, TOKENS_PER_CALL)]
+    tokens_at_once, anchors_at_once = (few.on(layout.anchors.device) for few in (TOKENS_PER_CALL, ANCHORS_PER_CALL))
+    stops = [(start, min(start + tokens_at_once, length)) for start in range(0, length, tokens_at_once)]
     parts = [(start, stop, stop, 0) for start, stop in stops]  # of `Chunk`: start, stop, reach, own
     anchors = layout.anchors.amax(0).tolist() if per_anchor else []
-    for k in range(0, len(anchors), ANCHORS_PER_CALL):
-        few = anchors[k : k + ANCHORS_PER_CALL]
+    for k in range(0, len(anchors), anchors_at_once):
+        few = anchors[k : k + anchors_at_once]
         start = length + k * per_anchor
         parts.append((start, start + len(few) * per_anchor, max(few), layout.horizon))
     visible = [_visible(layout, window, *part) for part in parts]
@@ -70,9 +72,6 @@ def _visible(layout: NestedPrefixLayout, window: int | None, start: int, stop: i
 
 def chunked_pass(layout, chunks: list[Chunk], query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
     """Attention of query [B,H,S,E] over key and value [B,J,S,E], J divides H."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as fused attention does
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     return _Chunked.apply(query, key, value, rule.sinks, chunks, rule)
 
 

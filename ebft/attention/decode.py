@@ -10,12 +10,13 @@ import torch
 from ebft.attention.masks import PerKey, partly_hidden, trunk_mask
 from ebft.attention.rule import attend, cap, scaled_products, softmax
 from ebft.layout import NestedPrefixLayout
+from ebft.tuning import PerDevice
 
 Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 # Teeth per call of attention: more read trunk that not all of them see, fewer make more and smaller products. Of 16,
 # 32, 64 and 128 the last two were the fastest and equal (SmolLM2-135M, 1024 tokens, two cores).
-COLUMNS_PER_CALL = 64
+COLUMNS_PER_CALL = PerDevice(cpu=64, cuda=512)
 
 # Tokens that the buffers of a tooth hold at first.
 SHORT_TOOTH = 32
@@ -90,10 +91,9 @@ class Decode:
         last = (counts.cumsum(0) - 1)[:, None]
         first = last - counts[:, None] + 1
         self._grid = order[torch.minimum(first + torch.arange(width, device=order.device), last)]
-        reach = anchors[self._grid].amax(0).tolist()
+        reach, few = anchors[self._grid].amax(0).tolist(), COLUMNS_PER_CALL.on(anchors.device)
         self._columns = [
-            (start, min(start + COLUMNS_PER_CALL, width), max(reach[start : start + COLUMNS_PER_CALL]))
-            for start in range(0, width, COLUMNS_PER_CALL)
+            (start, min(start + few, width), max(reach[start : start + few])) for start in range(0, width, few)
         ]
 
     def __call__(self, layer, query, key, value, rule):

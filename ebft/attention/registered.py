@@ -45,7 +45,20 @@ def _attention(module, query, key, value, attention_mask, *, comb: Comb | None =
         raise UsageError(
             f"{type(module).__name__} passes {sorted(unknown)} to its attention, which no kernel here serves"
         )
+    query, key, value = rounded(query, key, value)
     return comb(module.layer_idx, query, key, value, rule).transpose(1, 2).contiguous(), None
+
+
+def rounded(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the dtype in which the surrounding autocast computes, as fused attention takes them.
+
+    Rotary positions give queries and keys the dtype of the weights. Sampling keeps keys, and a kernel may make products
+    that autocast does not know of: rounded once, here, they are the same for all kernels, of sampling and of scoring.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -51,9 +51,16 @@ def attend(
     return (weights @ value[:, :, None]).flatten(1, 2)
 
 
-def scaled_products(rows: torch.Tensor, keys: torch.Tensor, scaling: float, *, out: torch.Tensor) -> None:
-    """Write scaling · rows [X,Q,E] · keysᵀ [X,S,E] into `out` [X,Q,S], which may be a part of something wider."""
-    torch.baddbmm(out, rows, keys.mT, beta=0, alpha=scaling, out=out)
+def scaled_products(
+    rows: torch.Tensor, keys: torch.Tensor, scaling: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scaling · rows [X,Q,E] · keysᵀ [X,S,E], rounded once: [X,Q,S].
+
+    Args:
+        out: where to write it, which may be a part of something wider.
+    """
+    nothing = rows.new_zeros(1, 1, 1) if out is None else out
+    return torch.baddbmm(nothing, rows, keys.mT, beta=0, alpha=scaling, out=out)
 
 
 def cap(scores: torch.Tensor, rule: ScoreRule) -> torch.Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from ebft.attention.decode import Kept
-from ebft.attention.rule import ScoreRule, cap, softmax
+from ebft.attention.rule import ScoreRule, cap, scaled_products, softmax
+from ebft.tuning import PerDevice
 
 # Teeth per call of attention: what is computed at once holds [B, heads, this many, T + G] scores.
-COLUMNS_PER_CALL = 256
+COLUMNS_PER_CALL = PerDevice(cpu=256, cuda=512)
 
 Hidden = Mapping[int | None, tuple[torch.Tensor, torch.Tensor]]
 
@@ -43,12 +44,13 @@ class StaticDecode:
         query = query.unflatten(1, (key.shape[1], -1))  # [R,J,H/J,E]
         on_grid = query.unflatten(0, (batch, columns)).permute(0, 2, 3, 1, 4)  # [B,J,H/J,C,E]
         to_own = (query @ own_key.mT * rule.scaling).unflatten(0, (batch, columns)).permute(0, 2, 3, 1, 4)
-        on_trunk, on_own = [], []
-        for start in range(0, columns, COLUMNS_PER_CALL):
-            part = slice(start, min(start + COLUMNS_PER_CALL, columns))
+        on_trunk, on_own, few = [], [], COLUMNS_PER_CALL.on(query.device)
+        for start in range(0, columns, few):
+            part = slice(start, min(start + few, columns))
             # the query heads of a key head are folded into its rows: a broadcast product would copy the keys
             grouped = on_grid[:, :, :, part]
-            scores = (grouped.flatten(2, 3) @ trunk_key.mT * rule.scaling).view(*grouped.shape[:4], length)
+            rows = grouped.flatten(2, 3).flatten(0, 1)
+            scores = scaled_products(rows, trunk_key.flatten(0, 1), rule.scaling).view(*grouped.shape[:4], length)
             scores = cap(torch.cat([scores, to_own[:, :, :, part]], -1), rule)
             unseen = torch.cat([of_trunk[:, part], of_own[:, part]], -1)[:, None, None]
             weights = softmax(scores.masked_fill(unseen, -torch.inf), rule, dtype=query.dtype)

@@ -127,7 +127,8 @@ def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_row
     text = config.get_text_config()
     trained, teeth = not kind.lora, work.teeth("score")
     # logits of two chunks while the weight is trained, and two of its gradients; else logits, log-probs and a copy
-    rows = 2 * min(ROWS_OF_A_WEIGHT_GRADIENT, max(work.trunk, teeth)) if trained else 3 * head_rows
+    at_once = max(ROWS_OF_A_WEIGHT_GRADIENT, head_rows)
+    rows = 2 * min(at_once, max(work.trunk, teeth)) if trained else 3 * head_rows
     head = 4 * text.vocab_size * (rows + 2 * text.hidden_size * trained)
     layers = score.at(text.num_hidden_layers, work.trunk, teeth)
     if not kind.checkpointing:
