@@ -16,12 +16,14 @@ from ebft.assemble.reward import decoder
 from ebft.attention import chunked
 from ebft.loading import add_adapters, load_causal_lm, load_tokenizer
 from ebft.loops.clock import Clock
+from ebft.loops.history import History, order_statistics
 from ebft.loops.scoring import score
 from ebft.loops.stages import at_step
 from ebft.loops.summary import measures
 from ebft.loops.train import train
 from ebft.objectives import EBFTLoss
 from ebft.policy import CausalPolicy
+from ebft.tuning import PerDevice
 from tests.models import tiny
 from tests.runs import parts
 
@@ -179,7 +181,7 @@ def test_waits_by_hand():
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_scoring_asks_for_as_much_whatever_its_size(name, monkeypatch):
-    monkeypatch.setattr(chunked, "ANCHORS_PER_CALL", 1)
+    monkeypatch.setattr(chunked, "ANCHORS_PER_CALL", PerDevice(1, 1))
     policy = CausalPolicy(tiny(name))
     drawn = torch.ones(2, 4, 3, 5, dtype=torch.int64)
 
@@ -222,8 +224,13 @@ def test_what_is_watched_of_a_batch_is_read_at_once(options):
     td = at_step(rows[:3].clone(), seed=0, step=0)
     for stage in pipeline.values():
         td = stage(td)
-    found = {}
+    found, history = {}, History(None)
     assert waits(lambda: found.update(measures(td))) == 0
+    assert waits(lambda: history.observe(td)) == 0
+    history.append({"step": 1})
+    assert history.state_dict()["rewards"] == [[1, *order_statistics(td[schema.REWARD], td[schema.ANCHOR_MASK])]]
+    history.append({"step": 2})
+    assert len(history.state_dict()["rewards"]) == 1
     valid = td[schema.ANCHOR_MASK]
     torch.testing.assert_close(found["reward"], td[schema.REWARD][valid].mean())
     td[schema.ANCHOR_MASK][0, 0] = False

@@ -36,15 +36,15 @@ class History:
     def __init__(self, folder: Path | None):
         self.rows: list[dict[str, float]] = []
         self._rewards: list[list[float]] = []  # first the step
-        self._seen: list[float] = []
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None  # rewards of a batch, and its anchor mask
         self.held_out: list[dict[str, float]] = []  # measurements between before and after, if there are any
         self._folder = folder
         self._columns: list[str] = []
 
     def observe(self, td: TensorDictBase) -> None:
-        """Remember the rewards of a batch for the row that will be appended."""
+        """Remember the rewards of a batch for the row that will be appended; no GPU is waited for before that."""
         reward = td.get(schema.REWARD, None)
-        self._seen = [] if reward is None else order_statistics(reward, td[schema.ANCHOR_MASK])
+        self._seen = None if reward is None else (reward, td[schema.ANCHOR_MASK])
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add the row of one step to both files.
@@ -57,10 +57,10 @@ class History:
             self._append(METRICS, [row.get(name, "") for name in self._columns])
         else:  # the first row with a stage of the user's own, or with a term that a schedule has just turned on
             self._write_metrics()
-        if self._seen:
-            self._rewards.append([row["step"], *self._seen])
+        if self._seen is not None and (found := order_statistics(*self._seen)):
+            self._rewards.append([row["step"], *found])
             self._append(REWARDS, self._rewards[-1])
-            self._seen = []
+        self._seen = None
 
     def append_held_out(self, row: Mapping[str, float]) -> None:
         """Add a held-out measurement, by its step, and write `held_out.csv`.
