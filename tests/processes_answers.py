@@ -1,6 +1,6 @@
-"""Runs of whole answers in one process and in two: `python -m tests.processes_answers FOLDER` leaves FOLDER/results.pt.
+"""Runs of whole answers in one process and in two, which share the weights or do not.
 
-See `tests.processes`, whose harness this is.
+`python -m tests.processes_answers FOLDER` leaves FOLDER/results.pt. See `tests.processes`, whose harness this is.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main(folder: Path) -> None:
             results[kind, count] = together(
                 count, partial(whole_run, options | chosen, folder / f"{kind} {count}"), folder
             )
+        shared = options | chosen | {"shard": True}
+        results[kind, "shared"] = together(2, partial(whole_run, shared, folder / f"{kind} shared"), folder)
     torch.save(results, folder / "results.pt")
 
 

@@ -213,6 +213,22 @@ def test_a_lora_run_on_ngrams_leaves_merged_weights(options, tiny_folder, tmp_pa
     assert not torch.allclose(plain_logits(start, context), expected, atol=1e-3)
 
 
+def test_adapters_on_weights_of_pure_bfloat16(options, tmp_path):
+    """No autocast: frozen weights compute in the dtype they have, adapters are float32."""
+    out, chosen = tmp_path / "half", {"dtype": "bfloat16", "lora": 2, "features": "hidden", "kl": 0.1, "lr": 0.05}
+    go({**options, **chosen, "steps": 2, "save_every": 1, "held_out": 2}, out)
+    records = metrics(out)
+    assert len(records) == 2
+    for name in ("loss", "reward", "gradient_norm", "sampler_mismatch"):
+        assert all(math.isfinite(float(record[name])) for record in records), name
+    assert all(1e-7 < float(record["sampler_mismatch"]) < 0.1 for record in records)
+    trained = load_file(out / "checkpoints" / "step-000002" / "weights.safetensors")
+    assert {w.dtype for w in trained.values()} == {torch.float32}
+    assert all(w.any() for name, w in trained.items() if "lora_B" in name)  # which start at zero
+    saved = load_file(out / "policy" / "model.safetensors")
+    assert {w.dtype for w in saved.values()} == {torch.float32}  # merged in it
+
+
 @pytest.mark.parametrize("sampler", ["strided", "random"])
 def test_a_measurement_does_not_depend_on_the_batch_size(options, sampler):
     policy, pipeline, rows = parts(options, sampler=sampler)
