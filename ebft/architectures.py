@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,12 +45,20 @@ def comb_differs(policy: CausalPolicy) -> str | None:
     trunk, tooth = ids[None, :5], ids[5:].view(1, 1, 1, 2)
     anchor, yes = torch.full_like(trunk[:, :1], 3), torch.ones_like(trunk[:, :1], dtype=torch.bool)
     layout = NestedPrefixLayout(anchor, yes, length=5, rollouts=1, horizon=2)
+    score = attention.Score(layout, kernel="dense")
+    windows: dict[int, int | None] = {}
+
+    def comb(layer, query, key, value, rule):
+        windows[layer] = rule.window
+        return score(layer, query, key, value, rule)
+
     try:
         with policy.computing():
-            comb = attention.Score(layout, kernel="dense")
             got = policy.logits(policy.backbone(layout.pack(trunk, tooth), layout.positions(), comb))
-    except (TypeError, RuntimeError, AttributeError) as error:
-        return f"its forward pass failed: {error}"
+    except Exception as error:  # what a family raises that is not known here
+        return f"its forward pass failed: {type(error).__name__}: {error}"
+    if lost := lost_windows(policy.causal_lm.config.get_text_config(), windows):
+        return lost
     context = torch.cat([trunk[:, :3], tooth.view(1, 2)], 1)
     with policy.plain() as plain:
         on_trunk, on_context = (
@@ -57,6 +66,26 @@ def comb_differs(policy: CausalPolicy) -> str | None:
         )
     off = deviation(got, torch.cat([on_trunk, on_context[:, 3:]], 1))
     return None if off < rounding(policy) else f"its logits over a comb differ from its own by {off:.2g} deviations"
+
+
+def lost_windows(config: Any, windows: Mapping[int, int | None]) -> str | None:
+    """What is wrong with the sliding windows that the layers of a comb were told; None if nothing is.
+
+    A family may window by its mask alone, of which a comb sees nothing. Logits of a few tokens cannot tell.
+
+    Args:
+        config: of the decoder; windows: by layer, what its attention was told.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        told = [layer for layer, window in windows.items() if window is not None]
+        wanted = [layer for layer in windows if kinds[layer] == "sliding_attention"]
+        if sorted(told) == sorted(wanted):
+            return None
+        return f"its sliding windows are those of layers {wanted}, its attention is told of those of {told}"
+    if getattr(config, "sliding_window", None) and all(window is None for window in windows.values()):
+        return f"its attention is not told of its sliding window of {config.sliding_window} tokens"
+    return None
 
 
 @torch.no_grad()
@@ -69,7 +98,13 @@ def refuse_unknown_head(policy: CausalPolicy) -> None:
     ids = probe_tokens(policy)[None]
     with policy.plain() as plain:
         expected = plain(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        got = policy.logits(policy.plain_states(ids, torch.ones_like(ids)))
+        try:
+            got = policy.logits(policy.plain_states(ids, torch.ones_like(ids)))
+        except Exception as error:  # what a family raises that is not known here
+            raise UsageError(
+                f"{type(policy.causal_lm).__name__}: its head does not go on its last hidden states"
+                f" ({type(error).__name__}: {error}). Use another model"
+            ) from error
     off = deviation(got, expected)
     if not off < rounding(policy):
         raise UsageError(

@@ -61,7 +61,8 @@ CONFIGS = {
 }
 NAMES = tuple(CONFIGS)
 
-# Models that cannot share a prefix: ALiBi outside the attention interface, recurrent states, convolutions, hybrids.
+# Models that cannot share a prefix: ALiBi outside the attention interface, recurrent states, convolutions, hybrids,
+# windows that attention is not told of.
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "num_hidden_layers": 4,
@@ -80,6 +81,11 @@ UNSHARED = {
         "layer_types": ["conv", "full_attention", "conv"],
     },
     "falcon_h1": {**GATED, **STATE_SPACE, "mamba_d_ssm": 32},
+    "qwen2_moe": {  # windows by its mask alone
+        **{k: v for k, v in GATED.items() if k != "head_dim"},
+        **{**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
+        **{"use_sliding_window": True, "sliding_window": 8, "layer_types": HALF_SLIDING},
+    },
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
 # Their caches lose the state of the prefix in this version of transformers.

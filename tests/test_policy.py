@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ebft.architectures import lost_windows
 from ebft.draw import sampling_log_probs
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
@@ -275,12 +276,46 @@ def test_a_model_that_cannot_share_prefixes_says_so_and_names_the_sampler_that_c
         CausalPolicy(tiny("llama"), kernel="fast")
 
 
+def test_a_window_that_attention_is_not_told_of_is_not_lost():
+    """Windows are longer than what a model is tried on, so that its logits cannot tell."""
+    by_mask = CausalPolicy(tiny("qwen2_moe"))
+    assert by_mask.not_shared == "its sliding windows are those of layers [0, 2], its attention is told of those of []"
+    assert CausalPolicy(tiny("qwen2_moe", use_sliding_window=False, layer_types=None)).not_shared is None
+    for name in ("mistral-window", "gemma3_text"):
+        assert CausalPolicy(tiny(name, sliding_window=64)).not_shared is None
+    config = tiny("mistral-window", sliding_window=64).config
+    assert lost_windows(config, {0: 64, 1: 64}) is None
+    assert lost_windows(config, {0: None, 1: None}) == "its attention is not told of its sliding window of 64 tokens"
+
+
+def test_whatever_a_family_raises_when_it_is_tried_is_a_reason_not_to_share():
+    model = tiny("llama")
+    attend = model.model.layers[1].self_attn
+    forward = attend.forward
+
+    def strange(*inputs, comb=None, **options):
+        if comb is not None:
+            raise KeyError("block_tables")
+        return forward(*inputs, **options)
+
+    attend.forward = strange
+    policy = CausalPolicy(model)
+    assert policy.not_shared == "its forward pass failed: KeyError: 'block_tables'"
+    assert policy.kernel == "rows"
+    policy.score(*comb())
+
+
 def test_a_head_that_does_something_unknown_is_refused():
     model = tiny("llama")
     head = model.get_output_embeddings()
     model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
     model.get_output_embeddings = lambda: head
     with pytest.raises(UsageError, match=r"LlamaForCausalLM: its logits differ from those of its head"):
+        CausalPolicy(model)
+    model = tiny("llama")
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, VOCABULARY))
+    model.get_output_embeddings = lambda: model.lm_head[1]
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM: its head does not go on its last hidden states .*shapes"):
         CausalPolicy(model)
 
 
