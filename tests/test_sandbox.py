@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,36 +13,9 @@ import pytest
 from ebft import sandbox
 from ebft.errors import UsageError
 from ebft.sandbox import Result, SandboxError
+from tests.sandboxed import WRONG, isolation, run
 
-WRONG = "assert answer() == 42"  # no program of this file satisfies it
-
-
-@pytest.fixture(scope="module", params=sandbox.ISOLATIONS)
-def isolation(request):
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        if request.param == "limits":
-            patch.setattr(sandbox, "PYTHON", readable_python(Path(folder)))
-        try:
-            sandbox.run("", "", isolation=request.param, timeout=60)
-        except SandboxError as error:
-            pytest.skip(str(error))
-        yield request.param
-
-
-def readable_python(folder: Path) -> str:
-    """A Python whose library everyone can read: where root's own is hidden from `nobody`, a copy of it in `folder`."""
-    library = Path(os.__file__).parent
-    if os.getuid() != 0 or all(path.stat().st_mode & 0o001 for path in library.parents):
-        return sandbox.PYTHON
-    folder.chmod(0o755)
-    left_out = shutil.ignore_patterns("site-packages", "test", "idlelib", "tkinter", "lib2to3", "config-*", "ensurepip")
-    shutil.copytree(library, folder / "lib" / library.name, ignore=left_out)
-    (folder / "bin").mkdir()
-    return shutil.copy(os.path.realpath(sandbox.PYTHON), folder / "bin" / library.name)
-
-
-def run(program: str, tests: str = "", *, timeout: float = 10.0, **options) -> Result:
-    return sandbox.run(textwrap.dedent(program), tests, timeout=timeout, **options)
+__all__ = ["isolation"]
 
 
 def test_both_isolations_are_told_apart(isolation):
@@ -278,6 +249,129 @@ def test_writing_outside(isolation, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
+def test_a_folder_that_is_open_is_no_way_out(isolation, tmp_path):
+    """Paths are relative to it, which no audit event of `open` says."""
+    copy = Path(sandbox.PYTHON).parents[1]  # a library that the kernel lets everyone write to, where it is the test's
+    folder = copy / "lib" / "open" if copy.is_relative_to(tempfile.gettempdir()) else tmp_path
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    (folder / "victim").write_text("whole")
+    (folder / "victim").chmod(0o666)
+    (folder / "empty").mkdir()
+    program = f"""
+    import os
+    done = []
+    def attempt(action):
+        try:
+            done.append(action())
+        except OSError:
+            pass
+    open("mine", "w").close()
+    own, folders = os.open(".", os.O_RDONLY), []
+    for path in ({str(folder)!r}, "/usr", os.path.dirname(os.__file__)):
+        for flags in (os.O_RDONLY, os.O_DIRECTORY, getattr(os, "O_PATH", 0)):
+            try:
+                folders.append(os.open(path, flags))
+            except OSError:
+                pass
+    for fd in folders:
+        attempt(lambda: os.open("new", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+        attempt(lambda: os.open("victim", os.O_WRONLY | os.O_TRUNC, dir_fd=fd))
+        attempt(lambda: os.rename("mine", "victim", dst_dir_fd=fd))
+        attempt(lambda: os.rename("victim", "theirs", src_dir_fd=fd))
+        attempt(lambda: os.utime("victim", (0, 0), dir_fd=fd))
+        attempt(lambda: os.remove("victim", dir_fd=fd))
+        attempt(lambda: os.rmdir("empty", dir_fd=fd))
+        attempt(lambda: (os.fchdir(fd), open("new", "w")))
+    print(len(folders))
+    attempt(lambda: os.utime("mine", dir_fd=own))
+    attempt(lambda: os.rename("mine", "yours", src_dir_fd=own, dst_dir_fd=own))
+    attempt(lambda: os.remove("yours", dir_fd=own))
+    """
+    found = run(program, "", isolation=isolation)
+    assert found.passed, found
+    assert (found.output == "0\n") == (isolation == "limits")  # the kernel lets them be opened, but not written to
+    assert run(program, f"assert len(done) == {3 * (isolation == 'namespaces')}, done", isolation=isolation).passed
+    assert sorted(path.name for path in folder.iterdir()) == ["empty", "victim"]
+    assert (folder / "victim").read_text() == "whole"
+    assert (folder / "victim").stat().st_mtime > 0
+
+
+# What a guard might be deceived by, before the file VICTIM is written to by way of `path`.
+DECEIVERS = {
+    "built-in functions": """
+import builtins
+for name in ("any", "all", "isinstance", "type", "len"): setattr(builtins, name, lambda *_: True)""",
+    "names in os": """
+for name in ("readlink", "getcwd", "stat", "lstat", "fsdecode", "fspath"): setattr(os, name, lambda *_: OWN)
+os.isinstance = lambda *_: False""",
+    "names in os.path": """
+for name in dir(os.path):
+    if callable(getattr(os.path, name)): setattr(os.path, name, lambda *_, **__: (OWN, True))
+os.path.realpath = lambda *_: OWN""",
+    "what is seen in a traceback": """
+def nothing(*_, **__): return True
+def look(frame):
+    for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+        if hasattr(value, "__code__"):
+            for cell in value.__closure__ or ():
+                try: cell.cell_contents = ("/",)
+                except ValueError: pass
+            try: value.__code__ = nothing.__code__
+            except ValueError: pass
+        if type(value) is dict and "os.remove" in value: value.clear()
+try: open(path, "w")
+except OSError as error:
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename != "<program>": look(trace.tb_frame)
+        trace = trace.tb_next""",
+    "a string": """
+class Text(str):
+    def lie(self, *_): return OWN
+    def parts(self, *_): return [OWN]
+    startswith = lambda *_: True
+    split, partition, rpartition = parts, lambda *_: (OWN, "", ""), lambda *_: (OWN, "", "")
+    __str__ = __getitem__ = __add__ = encode = __fspath__ = lie
+path = Text(path)""",
+    "octets": """
+class Octets(bytes):
+    def lie(self, *_): return OWN
+    __getitem__ = decode = __str__ = lie
+path = Octets(path.encode())""",
+    "a path": """
+class Path:
+    real, asked = path, 0
+    __class__ = int
+    def __fspath__(self):
+        self.asked += 1
+        return OWN + "/x" if self.asked == 1 else self.real
+path = Path()""",
+    "a pathlib path": "import pathlib; path = pathlib.Path(path)",
+    "steps up": "path = OWN + '/..' * 12 + path",
+}
+
+
+def test_what_judges_paths_cannot_be_deceived(isolation, tmp_path):
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    victim = tmp_path / "victim"
+    victim.write_text("whole")
+    victim.chmod(0o666)
+    first = f"import os\nOWN, path, remove = os.getcwd(), {str(victim)!r}, os.remove\n"
+    last = """
+for action in (lambda: open(path, "a").write("x"), lambda: os.open(path, os.O_TRUNC | os.O_WRONLY),
+               lambda: os.rename(path, "mine"), lambda: os.truncate(path, 0), lambda: remove(path)):
+    try: action()
+    except (OSError, TypeError): pass
+"""
+    jobs = [(first + deceit + last, "") for deceit in DECEIVERS.values()]
+    found = sandbox.run_all(jobs, isolation=isolation, timeout=20)
+    assert {n: r for n, r in zip(DECEIVERS, found, strict=True) if r != Result("passed", "")} == {}
+    assert victim.read_text() == "whole"
+
+
 def test_its_folder_is_its_own_and_is_deleted(isolation, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -472,7 +566,7 @@ def test_reasons_are_counted(isolation):
 
 
 def test_what_is_not_protected_is_said(isolation, monkeypatch):
-    assert (sandbox.weaknesses(isolation) == []) == (isolation == "namespaces")
+    assert (sandbox.weaknesses(isolation) == sandbox.FORGERY) == (isolation == "namespaces")
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     assert any("memory" in sentence for sentence in sandbox.weaknesses("limits"))
 
@@ -503,7 +597,7 @@ def test_bad_options(options, message):
 def test_an_isolation_that_cannot_be_had_is_an_error(monkeypatch, tmp_path):
     """With a launcher that cannot: the message says what the system said, and a program's own text is not mistaken."""
     broken = sandbox.LAUNCHER.read_text().replace("folder = shut(job)", "raise OSError(1, 'not permitted here')")
-    (tmp_path / "launcher.py").write_text(broken.replace("import guards\nimport namespaces", ""))
+    (tmp_path / "launcher.py").write_text(broken)
     monkeypatch.setattr(sandbox, "LAUNCHER", tmp_path / "launcher.py")
     with pytest.raises(SandboxError, match=r"not permitted here.*isolation=None"):
         sandbox.run("", "", timeout=60, isolation="namespaces")

@@ -11,16 +11,14 @@ isolation           what holds a program
                     processes and threads (a program that needs them fails).
 =================== =========================================================================================
 
-In both: an environment of PATH, HOME, TMPDIR and LANG only, no standard input, no site-packages, hashing without
-randomness, and limits of the kernel on processor time, memory of each process, file size and open files. As root, the
-program runs as the user `nobody`. macOS does not enforce the limit on memory.
+In both: an environment of PATH, HOME, TMPDIR and LANG only, no standard input, no site-packages, no ctypes, no tracing,
+hashing without randomness, and limits of the kernel on processor time, memory of each process, file size and open
+files. As root, the program runs as the user `nobody`. macOS does not enforce the limit on memory.
 
 What a verdict is worth. "passed" needs a random token that the harness writes after the last test. Ending early,
-printing, replacing built-in functions (by any name) or what the tests import, tracing or forking does not produce it.
-But program and tests share one interpreter, as tests that call functions must: a program that looks for the harness in
-its own process (frames, its memory) can find the token, one that changes the inside of a library function which the
-tests call, or returns objects whose ``__eq__`` is always true, makes them pass. Tests that compare types and values
-plainly leave less room.
+printing, replacing functions (built in, imported by the tests, or the harness's own), tracing, forking, or looking for
+the token by any means of Python does not produce it. But program and tests share one interpreter, as tests that call
+functions must: `weaknesses` says what that cannot keep out. Tests that compare types and values leave less room.
 """
 
 from __future__ import annotations
@@ -45,6 +43,12 @@ from typing import IO, Any
 
 from ebft.errors import UsageError
 
+FORGERY = [
+    "a test is passed as well by an object that is equal to everything, by a function that reads the expected value in"
+    " the frame of the test that calls it, and by changes inside the library that the test uses",
+    "native code (a bug of the interpreter, made-up bytecode, ctypes in a process that the program starts) can find the"
+    " token of a pass in memory",
+]
 REASONS = ("passed", "failed", "error", "exit", "timeout", "memory")
 ISOLATIONS = ("namespaces", "limits")
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -169,14 +173,15 @@ def best_isolation() -> str:
 
 
 def weaknesses(isolation: str | None = None) -> list[str]:
-    """The protections that programs are not under here, a sentence each; none with namespaces.
+    """What programs are not kept from here, a sentence each.
 
     Args:
         isolation: of :func:`run`; None for the best that this machine permits.
     """
     if (isolation or best_isolation()) == "namespaces":
-        return []
+        return FORGERY
     return [
+        *FORGERY,
         "network, new programs and files outside are refused by the interpreter, not by the kernel: native code would"
         " get past that",
         "other processes can be seen",

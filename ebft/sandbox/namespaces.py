@@ -1,8 +1,9 @@
 """Linux namespaces for a program that nobody has read. Runs inside the sandbox's launcher: standard library only.
 
 What the program then sees: its own processes and no others, a network of its own that leads nowhere, and a file system
-made of an empty root with the system's programs and libraries and Python's library read-only, and one writable folder
-in memory. It has no capability, and no way back to the old root, which is no longer mounted for it.
+made of an empty root with the system's programs and libraries, Python's library and the harness read-only, and one
+writable folder in memory; no ``/proc``, through which it could read memory, its own and its relatives'. It has no
+capability, and no way back to the old root, which is no longer mounted for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
+
+from guards import NOBODY, become_nobody
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -19,19 +21,19 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 163
 MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # the same number on every architecture
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-NOBODY = 65534
 
-FOLDER = "/work"  # the program's own, in the new root
+FOLDER, HARNESS = "/work", "/harness"  # in the new root: the program's own folder, and this one
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
-def enter(root: str, *, disk: int) -> None:
+def enter(root: str, *, disk: int, harness: str) -> None:
     """Go on as the only program of new namespaces; what was the process before waits for it and exits as it does.
 
     Args:
         root: an empty folder, where the new root is put together.
         disk: bytes that fit into the writable folder.
+        harness: a folder to show, read-only, as `HARNESS`.
 
     Raises:
         OSError: the system does not permit it, or does not have it.
@@ -45,20 +47,13 @@ def enter(root: str, *, disk: int) -> None:
         _call("unshare", apart)
         user = group = NOBODY
     _leave_child()  # the first process of the new namespace: when it ends, the kernel ends all others
-    _new_root(root, disk=disk, user=user, group=group)
+    _new_root(root, disk=disk, harness=harness, user=user, group=group)
     _leave_child()
     os.setsid()  # signals to the program's own process group reach nobody else
     if os.getuid() == 0:
         become_nobody()
         _call("unshare", CLONE_NEWUSER)  # the limit on processes counts within it; nobody needs no name there
     _drop_capabilities()
-
-
-def become_nobody() -> None:
-    """From root to a user who owns nothing."""
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def _leave_child() -> None:
@@ -83,14 +78,13 @@ def _map_user(user: int, group: int) -> None:
             file.write(text)
 
 
-def _new_root(root: str, *, disk: int, user: int, group: int) -> None:
+def _new_root(root: str, *, disk: int, harness: str, user: int, group: int) -> None:
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in (*SYSTEM, *DEVICES, sys.base_prefix):
         _show(path, root)
-    os.mkdir(root + "/proc")
-    with suppress(OSError):  # not to be had in some containers; nothing needs it
-        _mount("proc", root + "/proc", "proc", MS_NOSUID)
+    os.mkdir(root + HARNESS)
+    _mount(harness, root + HARNESS, None, MS_BIND | MS_REC)
     _read_only(root)
     # Mounted last, so that it is the one thing that can be written to.
     options = f"size={disk},nr_inodes=4096,mode=700,uid={user},gid={group}"
