@@ -65,11 +65,14 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     Transformers' own switch works in training mode alone, where dropout would be on.
     """
     blocks = list(blocks)
-    originals = [block.forward for block in blocks]
-    for block, original in zip(blocks, originals, strict=True):
-        block.forward = partial(checkpoint, original, use_reentrant=False)
+    before = [vars(block).get("forward") for block in blocks]  # None: that of its class, as a rule
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward  # what was compiled with the method of the class is no longer valid for a copy of it
+            else:
+                block.forward = own

@@ -119,6 +119,20 @@ def test_nothing_is_compiled_again_for_other_ends_lengths_seeds_and_weights():
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_what_a_step_of_training_does_in_between_compiles_nothing_again(lora):
+    """Scoring with recomputation and backward, the start's scores and its states, which with adapters share layers."""
+    model = add_adapters(tiny(), rank=lora, seed=0) if lora else tiny()
+    policy = CausalPolicy(model, decode="compile", checkpointing=True)
+    start, options = policy.reference(), {"rollouts": 2, "horizon": 4}
+    for seed in (0, 1):
+        drawn, _, alive = policy.sample(*batch(seed), **options, seed=seed)
+        log_prob, own = policy.score(*batch(seed), drawn, alive, reference=start)[:2]
+        start.hidden_states(*batch(seed), drawn, alive, layers=[1, 2])
+        (log_prob.sum() + own.sum()).backward()
+    assert policy.static.graphs == counters["stats"]["unique_graphs"] == 2
+
+
 def test_lengths_and_numbers_of_anchors_fall_into_few_buckets():
     assert [static_state.anchor_count(n) for n in (1, 2, 4, 5, 33, 127)] == [1, 4, 4, 8, 36, 128]
     assert [static_state.trunk_length(n, 1024) for n in (1, 64, 65, 130, 1000)] == [64, 64, 128, 192, 1024]
