@@ -33,8 +33,11 @@ class Choice:
     device: str = "auto"
     lora: int = 0
 
-    def load(self) -> CausalPolicy:
+    def load(self, **options: Any) -> CausalPolicy:
         """The policy; `config:JSON` is a model of that configuration with random weights.
+
+        Args:
+            options: of `CausalPolicy`.
 
         Raises:
             UsageError: a policy that cannot be loaded, or a configuration that is none.
@@ -42,7 +45,7 @@ class Choice:
         keep_freed_memory()  # as the commands do; all contestants share the process
         if not self.policy.startswith("config:"):
             return CausalPolicy.from_pretrained(
-                self.policy, device=self.device, dtype=self.dtype, lora=self.lora or None
+                self.policy, device=self.device, dtype=self.dtype, lora=self.lora or None, **options
             )
         device = choose_device(self.device)
         weights, autocast = choose_precision(self.dtype, device)
@@ -53,11 +56,12 @@ class Choice:
                 f"policy {self.policy!r}: {error}. Expected config: and a JSON object with model_type and options"
             ) from error
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        with device:  # where random numbers are drawn, too: a CPU takes long over those of a large model
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         model = model.to(device, autocast if self.lora and autocast else weights)
         if self.lora:
             model = add_adapters(model, rank=self.lora, seed=0, autocast=autocast is not None)
-        return CausalPolicy(model, autocast=autocast)
+        return CausalPolicy(model, autocast=autocast, **options)
 
 
 class Inputs(NamedTuple):

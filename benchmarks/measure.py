@@ -81,18 +81,26 @@ def peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_fresh_process(function: Callable[..., Any], *args: Any, limit: float | None = None) -> Any:
     """`function(*args)` in a new interpreter; None when the system killed it, which it does when memory runs out.
 
     What this process keeps of freed memory is given back first, so that the new one can have it.
+
+    Raises:
+        TimeoutError: it took longer than `limit` seconds, and was killed.
     """
     gc.collect()
     _give_back_freed_memory()
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(function, *args).result()
+            return pool.submit(function, *args).result(limit)
         except BrokenProcessPool:
             return None
+        except TimeoutError:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
 
 
 def machine(device: torch.device) -> dict[str, Any]:

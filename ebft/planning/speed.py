@@ -52,10 +52,11 @@ class Device:
         return self.seconds(lambda: multiply(work, operands, backward=backward)) * rows / taken
 
     def throughput(self, dtype: torch.dtype) -> float:
-        """Operations per second of one large product: the ceiling of this device."""
-        size = 4096 if self.device.type == "cuda" else 1024
-        weight = torch.randn(size, size, device=self.device).to(dtype)
-        return 2 * size**3 / self.products([weight], size)
+        """Operations per second of large products one after the other: the ceiling of this device."""
+        size, count = (8192, 20) if self.device.type == "cuda" else (1024, 1)
+        work = [(torch.randn(size, size, device=self.device).to(dtype), size)] * count
+        operands = Operands()
+        return operations(work) / self.seconds(lambda: multiply(work, operands, backward=False))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
