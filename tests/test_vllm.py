@@ -9,13 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ebft.draw import inverse_cdf, sampling_log_probs
 from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 from ebft.samplers import full
 from ebft.samplers.vllm import Server, put_weights, sample
 from tests.models import tiny
 
-EOS = 1
+EOS, OTHER_EOS = 1, 7
+# What the server takes where a request says nothing: the model's generation_config.json, which names two ends.
+GENERATION_CONFIG = {"top_k": 2, "min_p": 0.5, "repetition_penalty": 3.0, "temperature": 0.3, "top_p": 0.5}
 
 
 class Fake(ThreadingHTTPServer):
@@ -32,15 +35,37 @@ class Fake(ThreadingHTTPServer):
             # as a prefix cache does it: what was computed once is taken for granted
             start = self.cache.setdefault(key, self.log_probs(list(key)))
             generator, drawn = torch.Generator().manual_seed(body["seed"]), []
-            while len(drawn) < body["max_tokens"] and drawn[-1:] != body["stop_token_ids"]:
+            used = {**GENERATION_CONFIG, **{name: value for name, value in body.items() if value is not None}}
+            ends = set(body.get("stop_token_ids") or [])
+            if not body.get("ignore_eos"):
+                ends |= {EOS, OTHER_EOS}
+            while len(drawn) < body["max_tokens"] and not ends & set(drawn[-1:]):
                 log_probs = self.log_probs([*key, *drawn]) if drawn else start
-                probs = (log_probs / max(body["temperature"], 1e-4)).softmax(-1)
-                drawn.append(int(torch.multinomial(probs, 1, generator=generator)))
-            return {"choices": [{"token_ids": drawn, "finish_reason": "stop" if drawn[-1] == EOS else "length"}]}
+                drawn.append(_draw(log_probs.clone(), [*key, *drawn], used, generator))
+            ended = drawn[-1] in ends
+            return {
+                "choices": [
+                    {
+                        "token_ids": drawn,
+                        "finish_reason": "stop" if ended else "length",
+                        "stop_reason": drawn[-1] if ended else None,
+                    }
+                ]
+            }
 
     @torch.no_grad()
     def log_probs(self, ids):
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+
+
+def _draw(log_probs, seen, used, generator):
+    """A token as the server draws it: penalty, temperature, then what its other settings leave."""
+    repeated = torch.tensor(sorted(set(seen)))
+    log_probs[repeated] *= used["repetition_penalty"]
+    settings = {"temperature": used["temperature"], "top_p": used["top_p"], "min_p": used["min_p"]}
+    settings["top_k"] = used["top_k"] if used["top_k"] > 0 else None
+    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+    return int(inverse_cdf(sampling_log_probs(log_probs, **settings).exp(), uniform))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,8 +141,7 @@ def test_it_keeps_the_contract_of_samplers(fake, policy):
     body = made.seen[0][1]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 1.0, 5)
     assert body["return_token_ids"] is True
-    assert (body["stop_token_ids"], body["ignore_eos"]) == ([EOS], False)
-    assert "top_k" not in body
+    assert (body["stop_token_ids"], body["ignore_eos"]) == ([EOS], True)
 
 
 def test_greedy_it_draws_what_the_policy_draws(fake, policy):
@@ -126,6 +150,39 @@ def test_greedy_it_draws_what_the_policy_draws(fake, policy):
     theirs = sample(server, policy, *batch(), **OPTIONS, temperature=0.0)
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 3}, {"min_p": 0.1, "top_p": 0.9}], ids=str)
+def test_it_draws_from_the_distribution_of_the_policy(fake, policy, settings):
+    """χ² of first tokens against the policy's own, whatever the model's generation_config.json says."""
+    _, server = fake
+    tokens, mask, *_ = batch()
+    anchors, count = torch.tensor([[4]]), 200
+    given = tokens[:1], mask[:1], anchors, anchors > 0
+    drawn, log_prob, _ = sample(server, policy, *given, rollouts=count, horizon=1, seed=3, eos=EOS, **settings)
+    with torch.no_grad():
+        every = torch.arange(29).view(1, 1, -1, 1)
+        probability = policy.score(*given, every, every >= 0, **settings)[0].flatten().exp().double()
+    observed = drawn.flatten().bincount(minlength=29).double()
+    assert not observed[probability == 0].any()
+    assert log_prob.isfinite().all()
+    kept = probability * count >= 5
+    expected = torch.cat([probability[kept], probability[~kept].sum()[None]]) * count
+    found = torch.cat([observed[kept], observed[~kept].sum()[None]])
+    statistic = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = int(kept.sum())
+    # the 1 - 1e-5 quantile by Wilson and Hilferty
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 4.265 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("eos", [EOS, None])
+def test_no_other_token_ends_a_rollout(fake, policy, eos):
+    _, server = fake
+    drawn, _, alive = sample(server, policy, *batch(), rollouts=12, horizon=8, seed=1, eos=eos)
+    real = drawn[batch()[3]].flatten(0, 1)
+    going_on = (real[:, :-1] == OTHER_EOS) & alive[batch()[3]].flatten(0, 1)[:, 1:]
+    assert going_on.any()
+    assert eos is not None or alive[batch()[3]].all()
 
 
 def test_what_is_drawn_depends_on_its_keys_alone(fake, policy):
@@ -173,8 +230,12 @@ def test_new_weights_are_served_and_old_keys_forgotten(fake, policy, tmp_path):
         ((200, {"choices": []}), "answered no token ids"),
         ((200, {"choices": [{"token_ids": [3] * 6, "finish_reason": "length"}]}), "drew 6 tokens.*expected 1 to 5"),
         ((200, {"choices": [{"token_ids": [3], "finish_reason": "abort"}]}), "ended with 'abort'"),
+        (
+            (200, {"choices": [{"token_ids": [3], "finish_reason": "stop", "stop_reason": 7}]}),
+            "stopped at 7 after 1 tokens, and was told to at token 1",
+        ),
     ],
-    ids=["refused", "text", "nothing", "too much", "aborted"],
+    ids=["refused", "text", "nothing", "too much", "aborted", "stopped elsewhere"],
 )
 def test_what_goes_wrong_is_said(fake, policy, answer, message):
     made, server = fake
@@ -189,6 +250,13 @@ def test_an_end_that_the_server_leaves_out_is_put_back(fake, policy):
     drawn, _, alive = sample(server, policy, *batch(), **OPTIONS)
     assert drawn[0, 0, 0].tolist() == [3, EOS, 0, 0, 0]
     assert alive[0, 0, 0].tolist() == [True, True, False, False, False]
+
+
+def test_a_server_that_stops_untold_is_said(fake, policy):
+    made, server = fake
+    made.broken = 200, {"choices": [{"token_ids": [3], "finish_reason": "stop"}]}
+    with pytest.raises(UsageError, match="stopped at None after 1 tokens, and was told to at no token"):
+        sample(server, policy, *batch(), **{**OPTIONS, "eos": None})
 
 
 def test_a_server_that_is_not_there_is_said(policy):

@@ -113,9 +113,7 @@ def sample(
         "n": 1,
         "return_token_ids": True,
         "skip_special_tokens": False,
-        "ignore_eos": eos is None,
-        "stop_token_ids": [] if eos is None else [eos],
-        **{name: value for name, value in settings.items() if value is not None},
+        **_distribution(settings, eos),
     }
 
     def draw(place: tuple[int, int, int]) -> list[int]:
@@ -151,19 +149,42 @@ def put_weights(server: Server, policy: CausalPolicy, folder: Path) -> None:
     server.post("/reset_prefix_cache", {})
 
 
+def _distribution(settings: Mapping[str, Any], eos: int | None) -> dict[str, Any]:
+    """All that says what a token is drawn from and where a rollout ends.
+
+    What a request leaves out the server takes from the model's generation_config.json, where there may be a top-k, a
+    penalty of repetition, or further tokens to end at: so nothing is left out, and no end but `eos` is known there.
+    """
+    return {
+        "temperature": settings["temperature"],
+        "top_p": settings["top_p"],
+        "top_k": -1 if settings["top_k"] is None else settings["top_k"],
+        "min_p": settings["min_p"] or 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "min_tokens": 0,
+        "ignore_eos": True,
+        "stop_token_ids": [] if eos is None else [eos],
+    }
+
+
 def _drawn(answer: Any, horizon: int, eos: int | None) -> list[int]:
     """The tokens of a completion, the EOS that it ended with included."""
     try:
         (choice,) = answer["choices"]
         drawn = list(map(int, choice["token_ids"]))
-        reason = choice["finish_reason"]
+        reason, stopped_at = choice["finish_reason"], choice.get("stop_reason")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"the server answered no token ids: {str(answer)[:300]}. It has to be a vLLM whose completions know"
             " return_token_ids"
         ) from error
-    if reason == "stop" and eos is not None and drawn[-1:] != [eos]:
-        drawn.append(eos)  # the server may leave out what it stopped at
+    if reason == "stop" and (eos is None or stopped_at not in (None, eos)):
+        wanted = "no token" if eos is None else f"token {eos}"
+        raise UsageError(f"the server stopped at {stopped_at!r} after {len(drawn)} tokens, and was told to at {wanted}")
+    if reason == "stop" and drawn[-1:] != [eos]:
+        drawn.append(eos)  # type: ignore[arg-type]  # the server may leave out what it stopped at
     if reason not in ("stop", "length") or not 0 < len(drawn) <= horizon:
         raise UsageError(f"the server drew {len(drawn)} tokens and ended with {reason!r}; expected 1 to {horizon}")
     return drawn
