@@ -1,9 +1,12 @@
 """The sampler that asks a vLLM server, against a small server that speaks its protocol and holds a tiny model."""
 
 import json
+import shutil
 import threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 from ebft.samplers import full
 from ebft.samplers.vllm import Server, put_weights, sample
+from examples import vllm_rollouts
 from tests.models import tiny
 
 EOS, OTHER_EOS = 1, 7
@@ -97,16 +101,25 @@ def policy():
     return CausalPolicy(tiny("llama"))
 
 
+@contextmanager
+def serving(folder):
+    """A server of the model in the folder, and where it listens."""
+    made = Fake(partial(AutoModelForCausalLM.from_pretrained, folder))
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield made, f"http://127.0.0.1:{made.server_port}/"
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
 @pytest.fixture
 def fake(policy, tmp_path):
     policy.save_pretrained(tmp_path / "served")
-    made = Fake(partial(AutoModelForCausalLM.from_pretrained, tmp_path / "served"))
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made, Server(f"http://127.0.0.1:{made.server_port}/", str(tmp_path / "served"), connections=4)
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    with serving(tmp_path / "served") as (made, url):
+        yield made, Server(url, str(tmp_path / "served"), connections=4)
 
 
 def batch():
@@ -220,6 +233,18 @@ def test_new_weights_are_served_and_old_keys_forgotten(fake, policy, tmp_path):
     put_weights(server, policy, tmp_path / "served")
     assert [path for path, _ in made.seen[-2:]] == ["/collective_rpc", "/reset_prefix_cache"]
     assert torch.equal(sample(server, policy, *batch(), **options)[0], changed)
+
+
+def test_the_example_trains_on_what_the_server_draws(tiny_folder, tiny_text, tmp_path):
+    served = tmp_path / "served"
+    shutil.copytree(tiny_folder, served)
+    start = AutoModelForCausalLM.from_pretrained(served)
+    with serving(served) as (made, url):
+        records = vllm_rollouts.main(str(served), url, steps=2, data=str(tiny_text))
+        kinds = [path for path, _ in made.seen]
+        assert any(not torch.equal(*pair) for pair in zip(start.parameters(), made.model.parameters(), strict=True))
+    assert [record["step"] for record in records] == [1, 2]
+    assert [kind for kind, _ in groupby(kinds)] == ["/v1/completions", "/collective_rpc", "/reset_prefix_cache"] * 2
 
 
 @pytest.mark.parametrize(
