@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,12 +144,24 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     raise UsageError(f"{type(model).__name__}: no list of {wanted} decoder layers found")
 
 
-def position_limit(model: nn.Module) -> int | None:
-    """Positions that a table of learned position embeddings holds, None for a model without one."""
+def position_limits(model: Any) -> Iterator[tuple[int, str]]:
+    """The most positions that a text may have, each with what a model does with them.
+
+    Rotary frequencies of types "longrope" and "dynamic" depend on the longest text of a pass, or on what was read
+    before: a token's log-prob is that of a pass over its own prefix only while all texts are short.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES:
-            return module.num_embeddings - getattr(module, "offset", 0)
-    return None
+            limit = module.num_embeddings - getattr(module, "offset", 0)
+            yield limit, f"knows {limit} positions"
+            break
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for rule in (rotary, *(rule for rule in rotary.values() if isinstance(rule, dict))):  # of all layers, or by type
+        kind = rule.get("rope_type") or ""
+        if "dynamic" in kind or kind == "longrope":
+            limit = config.max_position_embeddings if "dynamic" in kind else rule["original_max_position_embeddings"]
+            yield limit, f"changes its rotary frequencies ({kind}), of short texts too, beyond {limit} positions"
 
 
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")

@@ -10,7 +10,7 @@ import torch
 
 from ebft import attention, static_state
 from ebft.draw import check_sampling, draw, keyed_uniform, sampling_log_probs
-from ebft.layout import NestedPrefixLayout
+from ebft.layout import NestedPrefixLayout, layout_to_the_last_anchor
 
 if TYPE_CHECKING:
     from ebft.policy import CausalPolicy
@@ -67,12 +67,10 @@ def sample(
     check_sampling(**settings)
     if sequence_ids is None:
         sequence_ids = torch.arange(len(anchors), device=tokens.device)
-    # nobody sees what follows the last anchor
-    length = int(torch.where(anchor_mask, anchors, 1).max())
-    documents = None if document_ids is None else document_ids[:, :length]
-    layout = NestedPrefixLayout(
-        anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=documents
+    layout = layout_to_the_last_anchor(
+        anchors, anchor_mask, rollouts=rollouts, horizon=horizon, document_ids=document_ids
     )
+    length = layout.length
     policy.check_positions(layout)
     with policy.computing():
         prefill = attention.Prefill(layout)

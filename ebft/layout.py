@@ -158,3 +158,12 @@ class NestedPrefixLayout:
         slots = torch.arange(self.size, device=self.anchors.device)
         rows = torch.arange(self.batch, device=self.anchors.device)[:, None, None]
         return self.visible(slots[:, None], slots[None, :], row=rows, window=window)
+
+
+def layout_to_the_last_anchor(
+    anchors: torch.Tensor, anchor_mask: torch.Tensor, *, document_ids: torch.Tensor | None = None, **shape: int
+) -> NestedPrefixLayout:
+    """The layout of a row that ends at the last anchor: of what follows it, [B,T], nothing is seen by a tooth."""
+    length = int(torch.where(anchor_mask, anchors, 1).max())
+    documents = None if document_ids is None else document_ids[:, :length]
+    return NestedPrefixLayout(anchors, anchor_mask, length=length, document_ids=documents, **shape)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ebft import attention, comb_sampling, comb_scoring
-from ebft.architectures import comb_differs, decoder_layers, position_limit, refuse_unknown_head, why_not_a_comb
+from ebft.architectures import comb_differs, decoder_layers, position_limits, refuse_unknown_head, why_not_a_comb
 from ebft.distributed import is_first
 from ebft.errors import UsageError
 from ebft.export import save_causal_lm
@@ -267,12 +267,13 @@ class CausalPolicy:
         return {layer: layout.unpack(state) for layer, state in found.items()}
 
     def check_positions(self, layout: NestedPrefixLayout) -> None:
-        limit = position_limit(self.causal_lm)
-        if limit is not None and (longest := int(layout.positions().max()) + 1) > limit:
-            raise UsageError(
-                f"{type(self.causal_lm).__name__} knows {limit} positions, the text with its rollouts has {longest}:"
-                " give shorter sequences, or a shorter horizon"
-            )
+        """Raise UsageError if a text with its rollouts is too long for the model."""
+        for limit, what in position_limits(self.causal_lm):
+            if (longest := int(layout.positions().max()) + 1) > limit:
+                raise UsageError(
+                    f"{type(self.causal_lm).__name__} {what}, the text with its rollouts has {longest}:"
+                    " give shorter sequences, or a shorter horizon"
+                )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own head, with the scalings that some families apply to logits."""

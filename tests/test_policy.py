@@ -1,6 +1,7 @@
 """Sampling and scoring over combs equal one plain forward per prefix and rollout, values and gradients."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ebft.draw import sampling_log_probs
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.policy import CausalPolicy
+from ebft.samplers import independent, snapshot
 from tests.models import NAMES, UNSHARED, VOCABULARY, independent_score, plain_logits, tiny
 
 # Families whose norms, rotations and softmax keep the weights' precision; the others compute in float32 inside.
@@ -330,6 +332,43 @@ def test_a_text_longer_than_the_table_of_positions_is_refused(name):
         policy.sample(tokens, mask, far, yes, horizon=4, **shape)
     with pytest.raises(UsageError, match=r"knows 15 positions"):
         policy.score(tokens, mask, far, yes, torch.ones(2, 1, 1, 5).long(), torch.ones(2, 1, 1, 5).bool())
+    for engine in (partial(independent.sample, policy), partial(snapshot.sample, snapshot.cache_reader(policy))):
+        assert engine(tokens, mask, far, yes, horizon=3, **shape)[2].all()
+        with pytest.raises(UsageError, match=r"knows 15 positions, the text with its rollouts has 16"):
+            engine(tokens, mask, far, yes, horizon=4, **shape)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+ROTARY = {
+    "longrope": {"rope_parameters": {**LONGROPE, "rope_theta": 100.0, "original_max_position_embeddings": 13}},
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+        "max_position_embeddings": 13,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_frequencies_of_a_long_text_are_not_given_to_the_short_ones_of_its_pass(kind):
+    """They depend on the longest text of a pass: up to the first length a comb is exact, beyond it is refused."""
+    model = tiny("llama", **ROTARY[kind])
+    policy = CausalPolicy(copy.deepcopy(model))
+    tokens, mask, anchors, yes, rollout, real = comb(length=13, horizon=3)
+    assert int(anchors.max()) < 10
+    torch.testing.assert_close(
+        policy.score(*comb(length=13, horizon=3))[0],
+        independent_score(model, tokens, anchors, yes, rollout, real),
+        atol=1e-5,
+        rtol=0,
+    )
+    far, match = anchors.clone(), rf"changes its rotary frequencies \({kind}\).* beyond 13 positions, .* has 1[45]:"
+    far[0, 0], options = 12, {"rollouts": 1, "horizon": 3, "seed": 0}
+    with pytest.raises(UsageError, match=match):
+        policy.score(tokens, mask, far, yes, rollout, real)
+    alone = partial(independent.sample, policy)
+    for engine in (policy.sample, alone, partial(snapshot.sample, snapshot.cache_reader(policy))):
+        with pytest.raises(UsageError, match=match):
+            engine(tokens, mask, far, yes, **options)
 
 
 def test_a_plain_forward_of_a_driven_model_is_an_error_and_plain_gives_it_back():

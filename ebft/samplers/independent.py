@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ebft.draw import check_sampling, draw, keyed_uniform, until_eos
-from ebft.layout import document_starts
+from ebft.layout import document_starts, layout_to_the_last_anchor
 from ebft.policy import CausalPolicy
 
 
@@ -36,9 +36,16 @@ def sample(
 
     Returns:
         tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32, mask [B,K,N,G] bool.
+
+    Raises:
+        UsageError: a setting is out of range, or the text is too long for the model.
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(**settings)
+    layout = layout_to_the_last_anchor(
+        anchors, anchor_mask, rollouts=rollouts, horizon=horizon, document_ids=document_ids
+    )
+    policy.check_positions(layout)
     if sequence_ids is None:
         sequence_ids = torch.arange(tokens.shape[0], device=tokens.device)
     shape = (*anchors.shape, rollouts, horizon)

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from ebft.architectures import deviation, probe_tokens, rounding
 from ebft.draw import check_sampling, draw, keyed_uniform
 from ebft.errors import UsageError
-from ebft.layout import document_starts
+from ebft.layout import document_starts, layout_to_the_last_anchor
 from ebft.policy import CausalPolicy
 
 # Names by which models take their cache.
@@ -55,10 +55,14 @@ def sample(
         tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32, mask [B,K,N,G] bool; 0 where masked.
 
     Raises:
-        UsageError: a setting is out of range.
+        UsageError: a setting is out of range, or the text is too long for the model.
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(**settings)
+    layout = layout_to_the_last_anchor(
+        anchors, anchor_mask, rollouts=rollouts, horizon=horizon, document_ids=document_ids
+    )
+    reader.policy.check_positions(layout)
     if sequence_ids is None:
         sequence_ids = torch.arange(tokens.shape[0], device=tokens.device)
     drawn = torch.zeros(*anchors.shape, rollouts, horizon, dtype=torch.int64, device=tokens.device)
