@@ -314,6 +314,15 @@ def test_sample_by_another_sampler(sample, sampler):
     assert len([line for line in other[1].splitlines() if line.startswith("    = ")]) == 3
 
 
+def test_the_seed_of_a_sample_keys_its_anchors_too(sample):
+    options = {"sampler": "random", "rollouts": 1, "horizon": 2, "first": 4, "stride": 10, "length": 32}
+    out = [sample(seed=seed, **options)[1] for seed in (0, 1, 0)]
+    anchors = [[line.split()[0] for line in each.splitlines() if line[:5].strip().isdigit()] for each in out]
+    assert len(anchors[0]) == len(anchors[1]) == 3
+    assert anchors[0] != anchors[1]
+    assert out[0] == out[2]
+
+
 def test_sample_goes_on_after_the_text(sample):
     code, out, err = sample(sampler="full", rollouts=3, horizon=60, length=24)
     assert code == 0, err

@@ -4,9 +4,12 @@ import io
 import re
 
 import pytest
+import torch
 from rich.console import Console
+from rich.text import Span, Text
 
 from ebft.loops.display import Display, result_table, watch_line
+from ebft.loops.show import coloured, rollout_lines
 
 RECORD = {
     "reward": -0.0123, "feature_matching_loss": 1.441, "cross_entropy": 2.77, "kl": 0.0035, "gradient_norm": 3.6,
@@ -54,3 +57,41 @@ def test_lines_where_there_is_no_terminal():
     for _ in Display(shown, lines=2).track(range(4), label="training", total=4, describe=lambda item: f"item {item}"):
         pass
     assert shown.file.getvalue().splitlines() == ["training 2/4  item 1", "training 4/4  item 3"]
+
+
+class Letters:
+    """A tokenizer of one letter for each token; token 3 is a line break."""
+
+    def decode(self, tokens):
+        return "".join("abc\n"[token] for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("probability", "colour"),
+    [(1.0, "green"), (0.5, "green"), (0.49, "yellow"), (0.1, "yellow"), (0.09, "dark_orange"), (0.0099, "red")],
+)
+def test_the_colour_of_a_token_is_its_probability(probability, colour):
+    log_prob = torch.tensor([probability], dtype=torch.float64).log()
+    assert coloured(Letters(), torch.tensor([1]), log_prob) == Text("b", spans=[Span(0, 1, colour)])
+
+
+def test_every_token_of_a_rollout_has_the_colour_of_its_own_log_prob():
+    drawn = torch.tensor([[[[0, 3, 2, 1], [2, 1, 0, 0]]]])
+    log_prob = torch.tensor([[[[0.9, 0.05, 0.2, 0.001], [0.3, 0.7, 1.0, 1.0]]]]).log()
+    alive = torch.tensor([[[[True] * 4, [True, True, False, False]]]])
+    lines = list(
+        rollout_lines(
+            Letters(),
+            lambda *_, **__: (drawn, log_prob, alive),
+            torch.tensor([0, 1, 2, 0]),
+            torch.tensor([[2]]),
+            torch.tensor([[True]]),
+            horizon=4,
+        )
+    )
+    assert [line.plain for line in lines] == ["    2 ab", "    = ca", "  -11.62  a↵cb", "   -1.56  cb"]
+    colours = [[(line.plain[span.start : span.end], span.style) for span in line.spans] for line in lines[2:]]
+    assert colours == [
+        [("a", "green"), ("↵", "dark_orange"), ("c", "yellow"), ("b", "red")],
+        [("c", "yellow"), ("b", "green")],
+    ]

@@ -49,7 +49,9 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
     policy = CausalPolicy.from_pretrained(name, device=options["device"], dtype=options["dtype"])
     tokens = pack([document], policy.tokenizer, length=options["length"], eos=False)[0].to(policy.device)
     tokens = tokens[schema.TOKENS][tokens[schema.MASK]]
-    place, engine = _place_and_engine(policy, options["sampler"], placement, horizon=options["horizon"])
+    place, engine = _place_and_engine(
+        policy, options["sampler"], placement, horizon=options["horizon"], seed=options["seed"]
+    )
     anchors, anchor_mask = place(torch.ones_like(tokens, dtype=torch.bool)[None])
     legend = ", ".join(f"[{style}]{bound:g} and more[/{style}]" for bound, style in SCALE)
     console.print(f"probability of a token: {legend}", highlight=False)
@@ -61,11 +63,11 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
         console.print(line, overflow="fold" if whole else "ellipsis", no_wrap=not whole)
 
 
-def _place_and_engine(policy: CausalPolicy, name: str, placement: Mapping[str, int], *, horizon: int):
+def _place_and_engine(policy: CausalPolicy, name: str, placement: Mapping[str, int], *, horizon: int, seed: int):
     """Where the rollouts of one text start and how they are drawn; `full` goes on after the text's end."""
     if name == "full":
         return full.place, full.full_engine(policy)
     place, engine = choose("sampler", name).build(policy, horizon=horizon, **placement)
     if name == "random":
-        place = partial(place, seed=torch.zeros(1, dtype=torch.int64), sequence_ids=torch.zeros(1, dtype=torch.int64))
+        place = partial(place, seed=torch.tensor([seed & (2**63 - 1)]), sequence_ids=torch.zeros(1, dtype=torch.int64))
     return place, engine

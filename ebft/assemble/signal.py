@@ -81,6 +81,13 @@ def signal_from_options(
         raise UsageError(f"--reference {reference!r}: expected the name of a configuration, one of {', '.join(names)}")
     resolved = [_resolve(name, settings) for name, settings in configurations]
     configurations = [(name, settle(settings)) for name, settings in configurations]
+    for name, settings in configurations:
+        if settings["sampler"] == "random" and options["replicates"] > 1:
+            raise UsageError(
+                f"configuration {name!r}: sampler=random draws anchors anew with the rollouts of every replicate, and"
+                f" the noise of the two could not be told apart; give --replicates 1 (not {options['replicates']}), or"
+                " another sampler"
+            )
     if options["allocate"]:
         _check_allocation(configurations[0][1])
     out = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-signal"
@@ -237,5 +244,5 @@ def _check_allocation(settings: Mapping[str, Any]) -> None:
             f"--allocate with rollouts={settings['rollouts']}: it compares all rollouts with half of them; give an even"
             " number of 6 or more (--set rollouts=8)"
         )
-    if settings["first_token"] is not None or settings["sampler"] not in ("strided", "random"):
-        raise UsageError("--allocate is for rollouts drawn independently from strided or random anchors")
+    if settings["first_token"] is not None or settings["sampler"] != "strided":
+        raise UsageError("--allocate is for rollouts drawn independently from strided anchors")
