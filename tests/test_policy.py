@@ -46,20 +46,35 @@ def gradients(model, loss):
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8, [3] * 6 + [4] * 7])
+STARTS = torch.tensor([[0] * 5 + [5] * 8, [0] * 6 + [6] * 7])
+
+
 @pytest.mark.parametrize(
-    ("name", "kernel"),
-    [(name, kernel) for name in NAMES for kernel in ("dense", "chunked")]
-    + [("llama", "rows"), ("mistral-window", "rows"), *((name, None) for name in UNSHARED)],
+    ("name", "kernel", "documents"),
+    [(name, kernel, False) for name in NAMES for kernel in ("dense", "chunked")]
+    + [("llama", "rows", False), ("mistral-window", "rows", False), *((name, None, False) for name in UNSHARED)]
+    + [(name, "chunked", True) for name in NAMES]
+    + [("gemma2", "dense", True), ("llama", "rows", True), ("qwen3_5_text", None, True), ("bloom", None, True)],
 )
-def test_score_equals_independent_forwards(name, kernel):
+def test_score_equals_independent_forwards(name, kernel, documents):
     model = tiny(name)
     policy = CausalPolicy(copy.deepcopy(model), kernel=kernel, head_rows=5)
     tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
     weights = torch.randn(rollout.shape, generator=torch.Generator().manual_seed(1))
+    ids, starts = (DOCUMENTS, STARTS) if documents else (None, torch.zeros_like(STARTS))
+    of_anchors = starts.gather(1, anchors - 1)
+    assert documents == bool((of_anchors > 0).any())
 
-    log_prob, token_log_prob = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask)
-    expected = independent_score(model, tokens, anchors, anchor_mask, rollout, rollout_mask)
-    expected_trunk = torch.stack([plain_logits(model, row).log_softmax(-1)[:-1] for row in tokens])
+    log_prob, token_log_prob = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, document_ids=ids)
+    expected = independent_score(model, tokens, anchors, anchor_mask, rollout, rollout_mask, of_anchors)
+    texts = [
+        row.split(begins.unique_consecutive(return_counts=True)[1].tolist())
+        for row, begins in zip(tokens, starts, strict=True)
+    ]
+    expected_trunk = torch.stack(
+        [torch.cat([plain_logits(model, text) for text in row])[:-1] for row in texts]
+    ).log_softmax(-1)
     expected_trunk = expected_trunk.gather(-1, tokens[:, 1:, None])[..., 0].masked_fill(~mask[:, 1:], 0)
 
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
