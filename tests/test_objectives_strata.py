@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
+from tensordict import TensorDict
 
+from ebft import schema
 from ebft.errors import UsageError
+from ebft.objectives.horizons import horizon_weights
 from ebft.objectives.kernels import kernel_values
+from ebft.objectives.scores import hold_last
 from ebft.objectives.strata import leave_out_ratios, stratified_coefficients, stratum_weights
+from ebft.objectives.stratified import stratified_objective
 from ebft.policy import CausalPolicy
 from ebft.samplers.first_tokens import branches, distinct, first_tokens
 from tests.enumeration import TablePolicy, score_parts
@@ -97,6 +103,8 @@ class Drawn:
         return self.policy.gradient((self.chance * terms).sum())
 
 
+drawn_once = cache(Drawn)
+
 CASES = [
     ("branches", 2, 1, 0.0), ("branches", 3, 1, 0.0), ("distinct", 2, 1, 0.0), ("distinct", 3, 1, 0.0),
     ("branches", 2, 2, 1.0), ("distinct", 2, 2, 0.7), ("branches", 4, 1, 0.0), ("distinct", 4, 1, 0.0),
@@ -113,6 +121,46 @@ def test_unbiased(kind, strata, each, alpha) -> None:
     alignment, spread = score_parts(drawn.policy, *kernel_values(phi, target))
     exact = drawn.policy.gradient(alignment + alpha * spread)
     torch.testing.assert_close(drawn.update(phi, target, alpha), exact, **EXACT)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("horizons", [None, "uniform", "last", "geometric:0.5"])
+@pytest.mark.parametrize(("kind", "strata", "each", "alpha"), [("branches", 2, 2, 0.7), ("distinct", 2, 2, 0.7)])
+def test_the_module_is_unbiased_with_features_per_token(kind, strata, each, alpha, horizons, ends) -> None:
+    """Of the weighted sum of the losses at all horizons, also where rollouts end with their first token."""
+    drawn = drawn_once(kind, strata, each)
+    outcomes, count = drawn.policy.outcomes, len(drawn.index)
+    real = torch.ones_like(outcomes, dtype=torch.bool)
+    if ends:
+        real[:, 1] = outcomes[:, 0] != 1
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(HORIZON, len(outcomes), 3, generator=generator, dtype=torch.float64)
+    phi = torch.stack([table[0][outcomes[:, 0]], table[1]], 1)  # [Y,G,D], of the first g tokens
+    target = torch.randn(HORIZON, 3, generator=generator, dtype=torch.float64)
+    held, weights = hold_last(phi, real), horizon_weights(horizons or "last", HORIZON).tolist()
+    exact = sum(
+        weight * drawn.policy.gradient(a + alpha * b)
+        for g, weight in enumerate(weights)
+        for a, b in [score_parts(drawn.policy, *kernel_values(held[:, g], target[g]))]
+    )
+    log_prob = torch.where(real, drawn.policy.log_prob(), 0.0)[drawn.index]  # [M,N,G]
+    found, goal = (phi[drawn.index], target) if horizons else (held[:, -1][drawn.index], target[-1])
+    td = TensorDict(
+        {
+            schema.ROLLOUT_FEATURES: found[:, None],
+            schema.TARGET_FEATURES: goal.expand(count, 1, *goal.shape),
+            schema.ANCHOR_MASK: torch.ones(count, 1, dtype=torch.bool),
+            schema.ROLLOUT_LOG_PROB: log_prob.detach()[:, None],
+            schema.ROLLOUT_MASK: real[drawn.index][:, None],
+            schema.TARGET_MASK: torch.ones(count, 1, HORIZON, dtype=torch.bool),
+        },
+        [count],
+    )
+    options = {"kind": kind, "strata": strata, "diversity": alpha, "horizons": horizons}
+    advantage = stratified_objective(kernel_values, **options)(td)[schema.ADVANTAGE][:, 0]
+    assert advantage[~real[drawn.index]].abs().sum() == 0
+    terms = -(advantage * log_prob).sum(-1).mean(-1)
+    torch.testing.assert_close(drawn.policy.gradient((drawn.chance * terms).sum()), exact, **EXACT)
 
 
 def test_a_baseline_that_differs_between_strata_is_biased() -> None:
