@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebft.attention import chunked
 from ebft.attention.flex import flex_masks
 from ebft.errors import UsageError
 from ebft.layout import NestedPrefixLayout
 from ebft.policy import CausalPolicy
+from ebft.tuning import PerDevice
 from tests.models import VOCABULARY, independent_score, plain_logits, tiny
 
 
@@ -84,6 +86,28 @@ def test_the_block_mask_shows_what_the_layout_shows(comb, window, block):
                     inside = mask.mask_mod(row, 0, queries[:, None], keys[None]) | whole
                     shown[row, queries[:, None], keys[None]] = inside
     assert torch.equal(shown, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(combs(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 8]))
+def test_the_chunks_show_what_the_layout_shows(comb, window, tokens, anchors):
+    """Every slot is in one chunk, and sees of the trunk and of its own tooth what it is to see, of the rest nothing."""
+    layout, *_ = comb
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "TOKENS_PER_CALL", PerDevice(tokens, tokens))
+        patch.setattr(chunked, "ANCHORS_PER_CALL", PerDevice(anchors, anchors))
+        chunks = chunked.chunks_of(layout, window)
+    shown = torch.zeros_like(layout.dense_mask(window=window))
+    times = torch.zeros(layout.size, dtype=torch.int64)
+    for chunk in chunks:
+        times[chunk.start : chunk.stop] += 1
+        shown[:, chunk.start : chunk.stop, : chunk.seen] = True
+        for slot in range(chunk.start, chunk.stop):
+            first = slot - (slot - layout.length) % chunk.own if chunk.own else 0
+            keys = [*range(chunk.reach), *range(first, first + chunk.own)]
+            shown[:, slot, keys[chunk.seen :]] = ~chunk.hidden[:, 0, 0, slot - chunk.start]
+    assert times.tolist() == [1] * layout.size
+    assert torch.equal(shown, layout.dense_mask(window=window))
 
 
 @settings(max_examples=40, deadline=None)
