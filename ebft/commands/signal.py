@@ -50,7 +50,8 @@ def signal(
         bool,
         option(
             WHAT,
-            "For one --config: how much noise sequences, anchors and rollouts bring, and how many pay best",
+            "For one --config: how much noise sequences, anchors and rollouts bring, and how many pay best (at its"
+            " horizon; strided anchors)",
             "--allocate",
         ),
     ] = False,
