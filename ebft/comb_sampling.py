@@ -55,8 +55,9 @@ def sample(
             policy's in any case.
 
     Returns:
-        tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from), mask
-        [B,K,N,G] bool (False at masked anchors and after EOS); tokens and log-probs are 0 where it is False.
+        tokens [B,K,N,G] int64, log_prob [B,K,N,G] float32 (of the distribution really sampled from; float64 for a
+        float64 model that decodes ``eager``), mask [B,K,N,G] bool (False at masked anchors and after EOS); tokens and
+        log-probs are 0 where it is False.
 
     Raises:
         UsageError: the model cannot share prefixes, a setting is out of range, the text is too long for it, or it
@@ -99,7 +100,7 @@ def _shrinking(
     """All tokens from the hidden states [B,T,H] of the trunk; what has ended is left out of every later step."""
     anchor_mask, horizon = layout.anchor_mask, layout.horizon
     drawn = torch.zeros(*anchor_mask.shape, layout.rollouts, horizon, dtype=torch.int64, device=states.device)
-    log_prob = torch.zeros(drawn.shape, device=drawn.device)
+    log_prob = torch.zeros(drawn.shape, dtype=torch.promote_types(states.dtype, torch.float32), device=drawn.device)
     alive = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
     first_position = layout.unpack(layout.positions())[1][..., 0].flatten()
     # the live rollouts, as places of the flat [B*K*N]
@@ -111,7 +112,8 @@ def _shrinking(
         numbers = uniform(step=step).flatten()[live].view(-1, shared)
         token, chosen = _draw(policy, states, numbers, settings, None if step else first)
         token, chosen = token.flatten(), chosen.flatten()
-        for whole, new in ((drawn, token), (log_prob, chosen.float()), (alive, torch.ones_like(live).bool())):
+        chosen = chosen.to(log_prob.dtype)
+        for whole, new in ((drawn, token), (log_prob, chosen), (alive, torch.ones_like(live).bool())):
             whole.view(-1, horizon)[live, step] = new
         keep = torch.ones_like(live, dtype=torch.bool) if eos is None else token != eos
         live = live[keep]

@@ -102,6 +102,25 @@ def test_strided_sampling_records_the_independent_log_probs(name):
     torch.testing.assert_close(log_prob, scored, atol=1e-5, rtol=0)
 
 
+SHAPES = [{}, {"count": 1}, {"rollouts": 1}, {"horizon": 1}, {"count": 1, "rollouts": 1, "horizon": 1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("gpt2", shape) for shape in SHAPES] + [(name, {}) for name in ("opt", "gpt_neox", "phi")],
+)
+def test_strided_sampling_records_the_independent_log_probs_in_float64(name, shape):
+    model = tiny(name, dtype=torch.float64)
+    model.set_attn_implementation("sdpa")  # the eager form rounds its softmax to float32
+    policy = CausalPolicy(copy.deepcopy(model))
+    sizes = {"rollouts": 2, "horizon": 5, **{key: value for key, value in shape.items() if key != "count"}}
+    tokens, mask, anchors, anchor_mask, *_ = comb(count=shape.get("count", 3))
+    drawn, log_prob, real = policy.sample(tokens, mask, anchors, anchor_mask, seed=5, eos=2, **sizes)
+    expected = independent_score(model, tokens, anchors, anchor_mask, drawn, real)
+    assert log_prob.dtype == torch.float64
+    torch.testing.assert_close(log_prob, expected.detach(), atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("name", FLOAT64_THROUGHOUT)
 def test_score_equals_independent_forwards_in_float64(name):
     model = tiny(name, dtype=torch.float64)
