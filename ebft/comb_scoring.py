@@ -46,7 +46,7 @@ def score(
         tokens, mask, anchors, anchor_mask: as in `sample`.
         rollout_tokens, rollout_mask: [B,K,N,G] int64, bool.
         temperature, top_p, top_k, min_p: as in `sample`, for the rollouts: with the sampler's settings the
-            log-probs are those that it recorded; a token that truncation drops here is added to those that it keeps.
+            log-probs are those that it recorded; a token that truncation drops has -inf.
         document_ids: [B,T] int64; contexts stay inside their document.
         entropy: also return the entropy of the distribution that each rollout token was drawn from.
         divergence: also return this function of the distribution that each rollout token was drawn from and that

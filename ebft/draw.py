@@ -98,30 +98,6 @@ def sampling_log_probs(
     return log_probs
 
 
-def log_probs_of(
-    logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor, *, temperature: float = 1.0, **truncation
-) -> torch.Tensor:
-    """Log-probs of tokens that were drawn, finite also where truncation drops them now.
-
-    A token at the edge may have been kept when it was drawn and dropped when it is scored, by rounding or by an update
-    in between. It counts as kept then: its log-prob is that of the distribution over it and the kept ones.
-
-    Args:
-        logits: [..., V]; tokens: [..., Q]; log_probs: [..., V], `sampling_log_probs` of the logits.
-        temperature, truncation: the settings that `log_probs` was made with.
-
-    Returns:
-        [..., Q], -inf at temperature 0 where a token is not the most likely one.
-    """
-    picked = log_probs.gather(-1, tokens)
-    if temperature == 0 or not is_truncated(truncation):
-        return picked
-    best = log_probs.argmax(-1, keepdim=True)
-    scaled = logits.to(log_probs.dtype) / temperature
-    over_kept = scaled.gather(-1, tokens) - scaled.gather(-1, best) + log_probs.gather(-1, best)  # log p(y)/p(kept)
-    return torch.where(picked > -torch.inf, picked, torch.nn.functional.logsigmoid(over_kept))
-
-
 def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative distribution first exceeds each uniform number.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ebft.draw import is_truncated, log_probs_of, sampling_log_probs
+from ebft.draw import is_truncated, sampling_log_probs
 from ebft.tuning import PerDevice
 
 Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [R,V] of two models -> [R]
@@ -47,10 +47,9 @@ def chosen_log_probs(
         return chosen, spread if entropy else None
 
     def chunk(part: torch.Tensor, picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits(part)
-        log_probs = sampling_log_probs(scores, **settings)
+        log_probs = sampling_log_probs(logits(part), **settings)
         spread = _entropy(log_probs) if entropy else log_probs.new_empty(0)
-        return log_probs_of(scores, picked, log_probs, **settings), spread
+        return log_probs.gather(-1, picked), spread
 
     parts = list(zip(hidden.split(rows), tokens.split(rows), strict=True))
     if torch.is_grad_enabled():

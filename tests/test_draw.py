@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ebft.draw import check_sampling, inverse_cdf, keyed_uniform, log_probs_of, sampling_log_probs, until_eos
+from ebft.draw import check_sampling, inverse_cdf, keyed_uniform, sampling_log_probs, until_eos
 from ebft.errors import UsageError
 
 LARGEST = 1 - 2.0**-53  # the largest number that keyed_uniform returns
@@ -97,28 +97,6 @@ def test_gradient_of_a_kept_token_stays_among_the_kept():
     assert torch.equal(logits.grad[left_out], torch.zeros(3, dtype=torch.float64))
     share = logits.detach()[logits.detach().topk(3).indices].softmax(-1)[0]
     torch.testing.assert_close(logits.grad[best], 1 - share)
-
-
-@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.6, "top_k": 2}])
-def test_a_drawn_token_that_truncation_drops_counts_as_kept(options):
-    """Value and gradient against a softmax over the kept tokens and the one that was drawn."""
-    logits = torch.randn(3, 7, generator=generator(2), dtype=torch.float64, requires_grad=True)
-    tempered, log_probs = logits / options.get("temperature", 1.0), sampling_log_probs(logits, **options)
-    tokens = torch.arange(7).expand(3, -1)
-    kept = (log_probs > -torch.inf)[:, None] | torch.eye(7, dtype=torch.bool)
-    expected = tempered[:, None].masked_fill(~kept, -torch.inf).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-    found = log_probs_of(logits, tokens, log_probs, **options)
-    assert (log_probs == -torch.inf).any(-1).all()
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn(3, 7, generator=generator(3), dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((x * weights).sum(), logits, retain_graph=True)[0] for x in (found, expected))
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_greedy_gives_what_it_does_not_choose_no_probability():
-    logits = torch.tensor([1.0, 3.0, 2.0])
-    log_probs = sampling_log_probs(logits, temperature=0)
-    assert log_probs_of(logits, torch.arange(3), log_probs, temperature=0, top_k=2).tolist() == log_probs.tolist()
 
 
 def test_greedy_takes_the_first_of_equal_tokens():

@@ -1,6 +1,7 @@
 """Every sampling engine gives the same tokens for the same keys, at the cost it claims, with the right distribution."""
 
 import itertools
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -15,7 +16,8 @@ from tests.models import NAMES, UNSHARED, VOCABULARY, WITHOUT_A_USABLE_CACHE, in
 EOS = 2
 
 # Log-probs of a few nats in float32, summed in other orders: of all families 4.5e-6 apart were seen at most.
-ROUNDING = 1e-5
+# A delta rule's state is summed by chunks of a prefix and token by token after it.
+ROUNDING = defaultdict(lambda: 1e-5, qwen3_5_text=3e-5)
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8, [3] * 9 + [4] * 4])
 
 
@@ -50,13 +52,13 @@ def test_same_keys_same_tokens(name, documents):
     for theirs in drawn.values():
         assert torch.equal(theirs[2], mask)
         assert torch.equal(theirs[0], tokens)
-        torch.testing.assert_close(theirs[1], log_prob, atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(theirs[1], log_prob, atol=ROUNDING[name], rtol=0)
     starts = None
     if documents is not None:
         starts = torch.tensor([[int((row == row[a - 1]).nonzero()[0]) for a in places] for row, places in
                                zip(documents, batch[2].tolist(), strict=True)])  # fmt: skip
     expected = independent_score(policy_model(policy), batch[0], batch[2], batch[3], tokens, mask, starts)
-    torch.testing.assert_close(log_prob, expected.detach(), atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(log_prob, expected.detach(), atol=ROUNDING[name], rtol=0)
 
 
 def policy_model(policy):
@@ -75,7 +77,7 @@ def test_same_keys_same_tokens_under_truncation(name, options):
     results = [engine(*prefixes(), **shared) for engine in engines(policy).values()]
     for theirs in results[1:]:
         for left, right in zip(results[0], theirs, strict=True):
-            torch.testing.assert_close(left, right, atol=ROUNDING, rtol=0)
+            torch.testing.assert_close(left, right, atol=ROUNDING[name], rtol=0)
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_USABLE_CACHE)

@@ -166,7 +166,8 @@ def test_resuming_what_is_no_run_is_refused(options, tmp_path):
         go(options, tmp_path, resume=True)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_checkpoint(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_checkpoint(options, tmp_path, monkeypatch, top_p):
     cross_entropy_of = EBFTLoss.forward
     calls = []
 
@@ -179,8 +180,9 @@ def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(EBFTLoss, "forward", broken)
     out = tmp_path / "run"
-    with pytest.raises(NonFiniteLoss, match="step 2: loss_cross_entropy is nan"):
-        go({**options, "save_every": 1}, out)
+    with pytest.raises(NonFiniteLoss, match="step 2: loss_cross_entropy is nan") as raised:
+        go({**options, "save_every": 1, "top_p": top_p}, out)
+    assert ("Or --top-p 1" in str(raised.value)) is (top_p < 1)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
     assert len(metrics(out)) == 1
     assert not (out / "policy").exists()

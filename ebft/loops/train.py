@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -12,6 +13,7 @@ from torch import Tensor
 from ebft import schema
 from ebft.data.packing import batches
 from ebft.distributed import sum_gradients
+from ebft.draw import is_truncated
 from ebft.errors import UsageError
 from ebft.loops.average import Average
 from ebft.loops.clock import Clock
@@ -160,7 +162,7 @@ def train(
                     sum_gradients(parameters)
                 norm = clip_gradients(parameters, max_grad_norm or float("inf"))
                 record = of_update(terms, norm, sums, names=names, shares=[] if history else shares, alike=sharded)
-                _refuse_non_finite({name: record[name] for name in (*names, "gradient_norm")}, step)
+                _refuse_non_finite({name: record[name] for name in (*names, "gradient_norm")}, step, scoring or {})
                 optimizer.step()
                 if average is not None:
                     average.update()
@@ -202,7 +204,13 @@ def _add(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         terms[name] = terms.get(name, 0.0) + value.double()
 
 
-def _refuse_non_finite(terms: Mapping[str, float], step: int) -> None:
+def _refuse_non_finite(terms: Mapping[str, float], step: int, scoring: Mapping[str, Any]) -> None:
+    advice = "Try a smaller --lr, or --dtype float32."
+    if is_truncated(scoring):
+        advice += (
+            " Or --top-p 1, without --top-k and --min-p: a token that was drawn at the edge of what they keep may, by"
+            " rounding or by an update, be outside of it when it is scored."
+        )
     for name, value in terms.items():
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"step {step + 1}: {name} is {value}. Try a smaller --lr, or --dtype float32.")
+            raise NonFiniteLoss(f"step {step + 1}: {name} is {value}. {advice}")
