@@ -28,7 +28,7 @@ from ebft.assemble.study_arms import (
     find_verifier,
     shared_options,
 )
-from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
+from ebft.assemble.study_budget import budget_names, read_budget, settle_settings, unverified
 from ebft.commands.derived import evaluate_defaults, run_defaults
 from ebft.components.methods import with_defaults
 from ebft.data.split import unit_hash
@@ -502,6 +502,13 @@ def test_rlvr_takes_part_where_answers_can_be_verified(tiny_folder, tmp_path):
     assert found(plain, verifier="chrf") == found(path, verifier="chrf") == "chrf"
     assert found(plain, TASKS["translation"]) == "bleu"
     assert "rlvr" not in settle_settings(budget, {}, where="small").arms
+    for given, verifier, left_out in (
+        ({}, None, ["rlvr", "rlvr-ws"]),
+        ({"arms": "sft"}, None, []),
+        ({}, "chrf", []),
+        ({"arms": "rlvr-ws"}, "chrf", []),
+    ):
+        assert unverified(budget, given, settle_settings(budget, given, where="small", verifier=verifier)) == left_out
     changes = {"arms": "rlvr", "length": 40, "first": 1, "stride": 3}
     result = invoke(command(plain, tiny_folder, tmp_path / "out", **changes))
     assert isinstance(result.exception, UsageError), result.output

@@ -27,7 +27,7 @@ from ebft.assemble.study_arms import (
     find_verifier,
     shared_options,
 )
-from ebft.assemble.study_budget import read_budget, settle_settings
+from ebft.assemble.study_budget import read_budget, settle_settings, unverified
 from ebft.assemble.study_cells import Plan, begin_cell, cell_state, collect, tidy
 from ebft.assemble.study_report import write_found, write_whole
 from ebft.components.methods import METHODS
@@ -70,13 +70,12 @@ def study_from_options(
         UsageError: bad input, before anything is written; an `out` with another study.
         Interrupted: Ctrl-C, or `minutes` are over; the same command goes on.
     """
-    plan, config, shown, tested = _prepare(
+    plan, config, shown, tested, left_out = _prepare(
         name, options, explicit=explicit, settings=settings, budget=budget, seeds=seeds, out=out, bootstrap=bootstrap,
         level=level,
     )  # fmt: skip
     _open(plan, config, console)
-    asked = settings.get("arms") or read_budget(budget, name).settings.get("arms", ())
-    if left_out := [arm for arm in ARMS if ARMS[arm].verified and arm in asked and arm not in plan.arms]:
+    if left_out:
         console.print(f"{', '.join(left_out)}: left out, as there is nothing to verify answers with")
     if tested:
         say_protections(console)
@@ -106,12 +105,12 @@ def study_from_options(
 def _prepare(
     name: str, options: Mapping[str, Any], *, explicit: Collection[str], settings: Mapping[str, Any], budget: str,
     seeds: Sequence[int], out: Path, bootstrap: int, level: float,
-) -> tuple[Plan, dict[str, Any], int, bool]:  # fmt: skip
+) -> tuple[Plan, dict[str, Any], int, bool, list[str]]:  # fmt: skip
     """Check everything that needs no model; arguments as in `study_from_options`.
 
     Returns:
-        The plan; what study.json holds; the tokens of a rollout at which Table 1 compares features; and whether
-        generated programs will be run.
+        The plan; what study.json holds; the tokens of a rollout at which Table 1 compares features; whether generated
+        programs will be run; and the arms that there is no verifier for.
     """
     from ebft.commands.derived import evaluate_defaults
 
@@ -162,7 +161,7 @@ def _prepare(
         "examples_in_a_row": in_a_row,
         "seeds": list(seeds),
     }
-    return plan, config, shown, tests
+    return plan, config, shown, tests, unverified(chosen, settings, decided)
 
 
 def _check_arm(arm: str, own: Mapping[str, Any], base: str, rates: Sequence[float]) -> None:

@@ -128,6 +128,12 @@ def settle_settings(budget: Budget, given: Mapping[str, Any], *, where: str, ver
     return Settings(**merged)
 
 
+def unverified(budget: Budget, given: Mapping[str, Any], settings: Settings) -> list[str]:
+    """The arms that `settle_settings` left out of these `settings` for want of a verifier."""
+    arms = settle_settings(budget, given, where="the budget", verifier="any").arms
+    return [arm for arm in arms if ARMS[arm].verified and arm not in settings.arms]
+
+
 def with_needed(names: list[str]) -> tuple[str, ...]:
     """The arms in their order: the base, those named, and those that they need.
 
