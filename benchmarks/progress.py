@@ -23,7 +23,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +80,8 @@ def train(folder: Path, recipe: str, *, steps: int, seed: int) -> dict[str, Any]
     return {**found, "machine": config["machine"], "versions": config["versions"]}
 
 
-def fixed_steps(out: Path, minutes: float | None) -> dict[str, Any]:
-    """What steps.json holds, after a short run of every recipe that is not in it.
+def fixed_steps(out: Path, minutes: float | None, recipes: Collection[str]) -> dict[str, Any]:
+    """What steps.json holds, after a short run of each of `recipes` that is not in it.
 
     Raises:
         UsageError: it was made for other minutes, or for other options of a recipe.
@@ -92,6 +92,8 @@ def fixed_steps(out: Path, minutes: float | None) -> dict[str, Any]:
         raise UsageError(f"--minutes {minutes:g}: {path} is for {found['minutes']:g}: give those, or another folder")
     for recipe in RECIPES:
         options = options_of(recipe)
+        if recipe not in {*recipes, *found["recipes"]}:
+            continue
         if recipe not in found["recipes"]:
             probe = train(out / "runs" / f"{recipe}-probe", recipe, steps=PROBE, seed=0)
             steps = max(1, int(found["minutes"] * 60 / probe["step_s"]))
@@ -189,7 +191,7 @@ def main(
     numbers = [int(seed) for seed in seeds.split(",")]
     chosen = chosen_cells(cells, numbers)
     out.mkdir(parents=True, exist_ok=True)
-    steps = fixed_steps(out, minutes)
+    steps = fixed_steps(out, minutes, {recipe for recipe, _ in chosen})
     for cell in chosen:
         measure(out, cell, steps)
         progress_report.write(out, steps, numbers)

@@ -75,15 +75,15 @@ def sit(out: Path, cells: str, *, minutes: float | None = 2.0, seeds: str = "0,1
 
 
 def test_every_recipe_gets_the_same_time_which_stays_what_it_was(stand, tmp_path, monkeypatch):
-    sit(tmp_path, "none")
+    sit(tmp_path, "all", seeds="0")
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert {name: row["steps"] for name, row in steps["recipes"].items()} == {
         name: int(120 / seconds) for name, seconds in SECONDS.items()
     }
     assert all(row["machine"] == MACHINE for row in steps["recipes"].values())
-    assert stand.of("evaluate") == []
     monkeypatch.setitem(SECONDS, "plain", 50.0)  # a slower machine
     shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "cells")
     stand.calls.clear()
     sit(tmp_path, "plain:0", minutes=None)
     assert stand.of("run") == ["plain-0"]
@@ -91,6 +91,15 @@ def test_every_recipe_gets_the_same_time_which_stays_what_it_was(stand, tmp_path
     assert call[call.index("--steps") + 1] == str(steps["recipes"]["plain"]["steps"])
     with pytest.raises(UsageError, match=r"minutes 3.*is for 2"):
         sit(tmp_path, "none", minutes=3.0)
+
+
+def test_only_what_is_asked_for_is_timed(stand, tmp_path):
+    sit(tmp_path, "none")
+    assert stand.calls == []
+    sit(tmp_path, "plain:0")
+    assert stand.of("run") == ["plain-probe", "plain-0"]
+    sit(tmp_path, "mean:1")
+    assert stand.of("run") == ["plain-probe", "plain-0", "mean-probe", "mean-1"]
 
 
 def test_a_cell_is_kept_with_its_paired_change(stand, tmp_path):

@@ -104,6 +104,9 @@ def test_answers_to_prompts(call, tmp_path):
     found = values(tmp_path / "out", "prompts")
     assert found["pass_at_k", "", 2]["value"] is not None
     assert 0 <= found["compiles", "", None]["value"] <= 1
+    ends = {metric: entry["value"] for (metric, _, _), entry in found.items() if metric.startswith("programs_")}
+    assert ends["programs_passed"] == found["pass_at_k", "", 1]["value"]
+    assert sum(ends.values()) == pytest.approx(1)
     assert found["sentence_chrf", "", 2]["value"] >= found["sentence_chrf", "", 1]["value"]
     assert ("cross_entropy", "answers", None) in values(tmp_path / "out")
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ebft import schema
+from ebft import sandbox, schema
 from ebft.data import load_documents, pack
 from ebft.data.examples import Example
 from ebft.errors import UsageError
@@ -14,7 +14,7 @@ from ebft.features.hidden import hidden
 from ebft.features.ngram import ngram
 from ebft.loops.evaluate import evaluate
 from ebft.loops.evaluation import quantities as names
-from ebft.loops.evaluation.prompts import COMPILES, EXACT, PASS, answer_totals, measure_answers
+from ebft.loops.evaluation.prompts import COMPILES, EXACT, PASS, PROGRAMS, answer_totals, measure_answers
 from ebft.loops.evaluation.quantities import Quantity, concatenate, derived
 from ebft.loops.evaluation.result import csv_bytes, look_up, paired_differences, read_totals, summarise
 from ebft.loops.evaluation.rollouts import measure_rollouts, repeated
@@ -236,6 +236,10 @@ def test_answers_are_tested_compiled_and_compared():
     assert found[Quantity(PASS, at=1)][1].tolist() == [1.0, 0.0]
     assert found[Quantity(PASS, at=2)][0][0].item() == pytest.approx(1 - 1 / 6)
     assert found[Quantity(COMPILES)][0][0].item() == 0.75
+    ends = {reason: found[Quantity(PROGRAMS.format(reason))] for reason in sandbox.REASONS}
+    counted = {reason: values.tolist() for reason, (values, _) in ends.items() if values.any()}
+    assert counted == {"passed": [0.5, 0.0], "failed": [0.25, 0.0], "error": [0.25, 0.0]}
+    assert all(count.tolist() == [1.0, 0.0] for _, count in ends.values())
     for together in (True, False):  # asked for, whatever the prompts are
         told = answer_totals(texts, problems, ks=[1, 2], test_prompt=together)
         assert torch.equal(told[Quantity(PASS, at=1)][0], found[Quantity(PASS, at=1)][0] * together)

@@ -103,16 +103,38 @@ def unit_tests(
     workers: int | None = None,
     isolation: str | None = None,
 ) -> Tensor:
-    """Which programs pass their tests, run by ``ebft.sandbox`` (its head says what a pass is worth): [M] in [0, 1].
+    """Which programs pass their tests, [M] in [0, 1]: the share of their `results_of_tests` that are "passed"."""
+    results = results_of_tests(
+        programs, tests, credit=credit, timeout=timeout, memory=memory, workers=workers, isolation=isolation
+    )
+    return torch.tensor([sum(result.passed for result in own) / len(own) for own in results])
+
+
+def results_of_tests(
+    programs: Sequence[str],
+    tests: Sequence[Sequence[str]],
+    *,
+    credit: str = "all",
+    timeout: float = 5.0,
+    memory: int = 512,
+    workers: int | None = None,
+    isolation: str | None = None,
+) -> list[list[sandbox.Result]]:
+    """What became of programs and their tests, run by ``ebft.sandbox`` (its head says what a pass is worth).
 
     Args:
         programs: M Python sources; tests: for each the sources of its tests, at least one, which raise on failure.
-        credit: "all": 1 if all tests pass, else 0, with one run of the program; "share": the share of tests that pass,
-            with one run for each test, so that none can spoil the others.
+        credit: "all": one run of a program with all of its tests; "share": one run for each test, so that none can
+            spoil the others.
         timeout, memory, isolation: of ``sandbox.run``; the timeout is for one run.
         workers: runs at a time, one per processor when None.
 
-    Programs that occur more than once with the same tests are run once.
+    Returns:
+        For each of M programs its results, one or as many as it has tests. Programs that occur more than once with the
+        same tests are run once.
+
+    Raises:
+        UsageError: an option, a number of tests, or a program without any.
     """
     if credit not in ("all", "share"):
         raise UsageError(f"credit={credit!r} is not known; expected 'all' or 'share'")
@@ -126,8 +148,8 @@ def unit_tests(
     ]
     distinct = list(dict.fromkeys(job for jobs in runs for job in jobs))
     results = sandbox.run_all(distinct, workers=workers, timeout=timeout, memory=memory, isolation=isolation)
-    passed = {job: result.passed for job, result in zip(distinct, results, strict=True)}
-    return torch.tensor([sum(passed[job] for job in jobs) / len(jobs) for jobs in runs])
+    found = dict(zip(distinct, results, strict=True))
+    return [[found[job] for job in jobs] for jobs in runs]
 
 
 def reward_advantage(reward: Tensor, *, estimator: str = "rloo", mask: Tensor | None = None) -> Tensor:

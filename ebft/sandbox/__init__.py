@@ -77,11 +77,6 @@ class Result:
         return self.reason == "passed"
 
 
-def tally(results: Sequence[Result]) -> dict[str, int]:
-    """How many results have each of `REASONS`."""
-    return {reason: sum(result.reason == reason for result in results) for reason in REASONS}
-
-
 class SandboxError(UsageError):
     """The isolation asked for cannot be had on this machine."""
 

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from ebft import schema
+from ebft import sandbox, schema
 from ebft.data.examples import Example
 from ebft.loops.evaluation import quantities as names
 from ebft.loops.evaluation.answers import best_of_k, bleu_statistics, pass_at_k
@@ -17,11 +17,12 @@ from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.rollouts import EVALUATION_STEP
 from ebft.loops.stages import at_step
 from ebft.objectives.programs import compiles, programs
-from ebft.objectives.verifiers import bleu, chrf, exact_match, unit_tests
+from ebft.objectives.verifiers import bleu, chrf, exact_match, results_of_tests
 from ebft.samplers import full
 from ebft.samplers.component import Engine
 
 PASS, COMPILES, EXACT = "pass_at_k", "compiles", "exact_match"
+PROGRAMS = "programs_{}"  # with a reason of `sandbox.Result`: the share of programs that ended so
 SENTENCE_BLEU, SENTENCE_CHRF = "sentence_bleu", "sentence_chrf"
 DISTINCT, TOKENS, ENDED = "distinct_answers", "answer_tokens", "answers_ended"
 
@@ -91,9 +92,10 @@ def answer_totals(
 ) -> dict[Quantity, tuple[Tensor, Tensor]]:
     """What N answers to each of B prompts are worth, totals [B] each.
 
-    Where any example has tests: pass@k of those that have, and the share of programs that compile. For all: exact
-    match, sentence BLEU and chrF, in the mean and as best-of-k (the best of k answers by that metric itself, which
-    looks at the reference), the parts of corpus BLEU over all answers, and the share of different answers.
+    Where any example has tests: pass@k of those that have, the shares of their programs that passed, failed, ... (the
+    reasons of `sandbox.Result`), and the share of programs that compile. For all: exact match, sentence BLEU and chrF,
+    in the mean and as best-of-k (the best of k answers by that metric itself, which looks at the reference), the parts
+    of corpus BLEU over all answers, and the share of different answers.
     """
     flat = [text for group in texts for text in group]
     samples = len(texts[0])
@@ -103,13 +105,16 @@ def answer_totals(
     if any(example.tests for example in examples):
         sources = programs(flat, [e.prompt for e in repeated], right, together=test_prompt, fenced=fenced)
         tested = torch.tensor([bool(example.tests) for example in examples])
-        passed = torch.zeros(len(flat))
         kept = [i for i, example in enumerate(repeated) if example.tests]
-        tests = [list(repeated[i].tests) for i in kept]
-        passed[kept] = unit_tests([sources[i] for i in kept], tests, timeout=timeout).float()
-        passed = passed.view(-1, samples)
+        results = results_of_tests([sources[i] for i in kept], [list(repeated[i].tests) for i in kept], timeout=timeout)
+        ended = {reason: torch.zeros(len(flat)) for reason in sandbox.REASONS}
+        for i, (result,) in zip(kept, results, strict=True):
+            ended[result.reason][i] = 1.0
         for k in ks:
-            found[Quantity(PASS, at=k)] = (torch.where(tested, pass_at_k(passed, k=k), 0.0), tested.double())
+            passed = pass_at_k(ended["passed"].view(-1, samples), k=k)
+            found[Quantity(PASS, at=k)] = (torch.where(tested, passed, 0.0), tested.double())
+        for reason, values in ended.items():
+            found[Quantity(PROGRAMS.format(reason))] = (values.view(-1, samples).double().mean(-1), tested.double())
         built = torch.tensor([compiles(source) for source in sources]).view(-1, samples)
         found[Quantity(COMPILES)] = _mean_over_answers(built)
     scores = {
