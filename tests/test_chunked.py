@@ -75,10 +75,10 @@ def test_in_bfloat16_it_errs_as_the_dense_kernel_does(layout):
 
 
 def test_the_leading_keys_that_all_see_need_no_mask():
-    visible = torch.tensor([[[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]]).bool()
-    (seen, hidden), (all_of_it, _), (two, _) = partly_hidden(
-        [visible, torch.ones(1, 2, 3, dtype=torch.bool), visible], [visible.shape[-1], 3, 2]
-    )
-    assert seen == 2
-    assert torch.equal(hidden[:, 0, 0], ~visible[..., 2:])
-    assert (all_of_it, two) == (3, 2)
+    visible = torch.tensor([[[0, 1, 1, 0, 1], [0, 1, 1, 1, 1]], [[0, 1, 0, 1, 1], [0, 1, 1, 1, 0]]]).bool()
+    every = torch.ones(1, 2, 3, dtype=torch.bool)
+    found = partly_hidden([visible, every, visible, visible[:1], ~every, every], [5, 3, 2, 5, 3, 0])
+    # keys before the first are seen by none, those before the second by all
+    assert [bounds for *bounds, _ in found] == [[1, 2], [0, 3], [1, 2], [1, 3], [3, 3], [0, 0]]
+    assert torch.equal(found[0][-1][:, 0, 0], ~visible[..., 2:])
+    assert partly_hidden([], []) == []

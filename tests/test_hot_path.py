@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ebft import schema, static_decode
 from ebft.assemble import build_pipeline, resolve_run, settle
 from ebft.assemble.reward import decoder
-from ebft.attention import chunked
+from ebft.attention import chunks
 from ebft.loading import add_adapters, load_causal_lm, load_tokenizer
 from ebft.loops.clock import Clock
 from ebft.loops.history import History, order_statistics
@@ -181,7 +181,7 @@ def test_waits_by_hand():
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_scoring_asks_for_as_much_whatever_its_size(name, monkeypatch):
-    monkeypatch.setattr(chunked, "ANCHORS_PER_CALL", PerDevice(1, 1))
+    monkeypatch.setattr(chunks, "ANCHORS_PER_CALL", PerDevice(1, 1))
     policy = CausalPolicy(tiny(name))
     drawn = torch.ones(2, 4, 3, 5, dtype=torch.int64)
 

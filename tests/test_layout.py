@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft.attention import chunked
+from ebft.attention import chunks
 from ebft.attention.flex import flex_masks
 from ebft.errors import UsageError
 from ebft.layout import NestedPrefixLayout
@@ -89,24 +89,31 @@ def test_the_block_mask_shows_what_the_layout_shows(comb, window, block):
 
 
 @settings(max_examples=60, deadline=None)
-@given(combs(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 8]))
-def test_the_chunks_show_what_the_layout_shows(comb, window, tokens, anchors):
+@given(
+    combs(),
+    st.sampled_from([None, 1, 2, 3, 5]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2, 8]),
+    st.integers(1, 3),
+)
+def test_the_chunks_show_what_the_layout_shows(comb, window, tokens, anchors, rows):
     """Every slot is in one chunk, and sees of the trunk and of its own tooth what it is to see, of the rest nothing."""
     layout, *_ = comb
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "TOKENS_PER_CALL", PerDevice(tokens, tokens))
-        patch.setattr(chunked, "ANCHORS_PER_CALL", PerDevice(anchors, anchors))
-        chunks = chunked.chunks_of(layout, window)
+        patch.setattr(chunks, "TOKENS_PER_CALL", PerDevice(tokens, tokens))
+        patch.setattr(chunks, "ANCHORS_PER_CALL", PerDevice(anchors, anchors))
+        patch.setattr(chunks, "ROWS_PER_CALL", PerDevice(rows, rows))
+        parts = chunks.chunks_of(layout, window)
     shown = torch.zeros_like(layout.dense_mask(window=window))
-    times = torch.zeros(layout.size, dtype=torch.int64)
-    for chunk in chunks:
-        times[chunk.start : chunk.stop] += 1
-        shown[:, chunk.start : chunk.stop, : chunk.seen] = True
-        for slot in range(chunk.start, chunk.stop):
-            first = slot - (slot - layout.length) % chunk.own if chunk.own else 0
-            keys = [*range(chunk.reach), *range(first, first + chunk.own)]
-            shown[:, slot, keys[chunk.seen :]] = ~chunk.hidden[:, 0, 0, slot - chunk.start]
-    assert times.tolist() == [1] * layout.size
+    times = torch.zeros(layout.batch, layout.size, dtype=torch.int64)
+    for part in parts:
+        times[part.rows, part.start : part.stop] += 1
+        shown[part.rows, part.start : part.stop, part.begin : part.seen] = True
+        for slot in range(part.start, part.stop):
+            first = slot - (slot - layout.length) % part.own if part.own else 0
+            keys = [*range(part.reach), *range(first, first + part.own)]
+            shown[part.rows, slot, keys[part.seen :]] = ~part.hidden[:, 0, 0, slot - part.start]
+    assert (times == 1).all()
     assert torch.equal(shown, layout.dense_mask(window=window))
 
 
@@ -205,7 +212,7 @@ def test_documents_change_the_scores(batch):
     policy = CausalPolicy(tiny("llama"))
     with_documents, _ = policy.score(*batch, rollout, rollout_mask, document_ids=DOCUMENTS)
     without, _ = policy.score(*batch, rollout, rollout_mask)
-    same = (with_documents - without).abs().amax((-2, -1)) < 1e-6
+    same = (with_documents - without).abs().amax((-2, -1)) < 1e-5  # in another order of adding
     assert torch.equal(same, (document_starts(batch[2]) == 0) | ~batch[3])
 
 

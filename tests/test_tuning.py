@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from ebft import head, static_decode
-from ebft.attention import chunked, decode, static
+from ebft.attention import chunks, decode, static
 from ebft.policy import HEAD_ROWS, CausalPolicy
 from ebft.tuning import PerDevice
 from tests.models import tiny
 
 PARTS = {
-    "chunked, anchors": (chunked, "ANCHORS_PER_CALL"),
-    "chunked, tokens": (chunked, "TOKENS_PER_CALL"),
+    "chunked, anchors": (chunks, "ANCHORS_PER_CALL"),
+    "chunked, tokens": (chunks, "TOKENS_PER_CALL"),
+    "chunked, rows": (chunks, "ROWS_PER_CALL"),
     "steps, columns": (decode, "COLUMNS_PER_CALL"),
     "static steps, columns": (static, "COLUMNS_PER_CALL"),
     "rows of logits": (head, "ROWS_IN_CACHE"),

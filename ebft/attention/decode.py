@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from ebft.attention import fused
 from ebft.attention.masks import PerKey, partly_hidden, trunk_mask
 from ebft.attention.rule import attend, cap, scaled_products, softmax
 from ebft.layout import NestedPrefixLayout
@@ -104,22 +105,32 @@ class Decode:
         to_own = (query @ own_key.mT).mul_(rule.scaling)
         trunk_key, trunk_value = (x.flatten(0, 1) for x in self._trunk[layer])  # [B·J,T,E]
         on_trunk, on_own = [], []
-        for (start, stop, reach), (seen, hidden) in zip(self._columns, trunk_hidden, strict=True):
+        for (start, stop, reach), (begin, seen, hidden) in zip(self._columns, trunk_hidden, strict=True):
             teeth = self._grid[:, start:stop]
             grouped = query[teeth].permute(0, 2, 3, 1, 4)  # [B,J,H/J,C,E]
             # the query heads of a key head are folded into its rows: a broadcast product would copy the keys
             rows = grouped.flatten(2, 3).flatten(0, 1)
-            scores = rows.new_empty(*rows.shape[:2], reach + to_own.shape[-1])
-            scaled_products(rows, trunk_key[:, :reach], rule.scaling, out=scores[..., :reach])
+            rest = seen if fused.serves(query, value, rule) else begin
+            width, own, further = reach - rest, to_own.shape[-1], int(rest > begin)
+            # columns: the rest of the trunk, the own tooth, and one key that stands for the trunk from begin to rest
+            scores = rows.new_empty(*rows.shape[:2], width + own + further)
+            scaled_products(rows, trunk_key[:, rest:reach], rule.scaling, out=scores[..., :width])
             scores = scores.view(*grouped.shape[:4], -1)
-            scores[..., reach:] = to_own[teeth].permute(0, 2, 3, 1, 4)
+            scores[..., width : width + own] = to_own[teeth].permute(0, 2, 3, 1, 4)
             scores = cap(scores, rule)
-            scores[..., seen:reach].masked_fill_(hidden, -torch.inf)
-            scores[..., reach:].masked_fill_(own_hidden[teeth].permute(0, 2, 3, 1, 4), -torch.inf)
+            scores[..., seen - rest : width].masked_fill_(hidden, -torch.inf)
+            scores[..., width : width + own].masked_fill_(own_hidden[teeth].permute(0, 2, 3, 1, 4), -torch.inf)
+            if further:
+                keys, values = trunk_key[:, begin:rest], trunk_value[:, begin:rest]
+                part, of_part = fused.forward(grouped.flatten(0, 1), keys, values, rule.scaling)
+                scores[..., -1] = of_part.view(scores.shape[:-1])
             weights = softmax(scores, rule, dtype=query.dtype)
-            out = weights[..., :reach].flatten(2, 3).flatten(0, 1) @ trunk_value[:, :reach]
-            on_trunk.append(out.view(*grouped.shape[:4], -1).permute(0, 3, 1, 2, 4))  # [B,C,J,H/J,E]
-            on_own.append(weights[..., reach:].permute(0, 3, 1, 2, 4))
+            out = weights[..., :width].flatten(2, 3).flatten(0, 1) @ trunk_value[:, rest:reach]
+            out = out.view(*grouped.shape[:4], -1)
+            if further:
+                out.addcmul_(weights[..., -1:], part.view(grouped.shape))
+            on_trunk.append(out.permute(0, 3, 1, 2, 4))  # [B,C,J,H/J,E]
+            on_own.append(weights[..., width : width + own].permute(0, 3, 1, 2, 4))
         weights = torch.cat(on_own, 1).flatten(0, 1)[self._place]
         out = torch.cat(on_trunk, 1).flatten(0, 1)[self._place] + weights @ own_value
         return out.flatten(1, 2).transpose(0, 1)[None]
@@ -136,8 +147,8 @@ class Decode:
             buffer[:, :, self._step] = new
         return kept[0][:, :, : self._step + 1], kept[1][:, :, : self._step + 1]
 
-    def _build_masks(self, window: int | None) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-        """What is hidden: own teeth [R,1,1,step+1]; of the trunk, per call, from `seen` on [B,1,1,C,reach-seen]."""
+    def _build_masks(self, window: int | None) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+        """What is hidden: own teeth [R,1,1,step+1]; of the trunk, per call, what `partly_hidden` finds."""
         layout, device = self._layout, self._live.device
         teeth = layout.count * layout.rollouts
         first = layout.length + (self._live % teeth) * layout.horizon

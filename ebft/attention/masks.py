@@ -30,18 +30,27 @@ def trunk_mask(layout: NestedPrefixLayout, window: int | None) -> torch.Tensor |
     return layout.visible(slots[:, None], slots[None], row=rows, window=window)
 
 
-def partly_hidden(visible: Sequence[torch.Tensor], columns: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    """How many leading keys all queries see, and what is hidden of the others: of several groups, in one transfer.
+def partly_hidden(visible: Sequence[torch.Tensor], columns: Sequence[int]) -> list[tuple[int, int, torch.Tensor]]:
+    """Which leading keys no query sees, which next ones all see, and what is hidden of the others.
 
     Args:
-        visible: [B,Q,S] bool of each group.
+        visible: [B,Q,S] bool of each of several groups.
         columns: of each, only so many keys may be counted.
 
     Returns:
-        For each seen, and hidden [B,1,1,Q,S-seen] bool.
+        For each group begin, seen, and hidden [B,1,1,Q,S-seen] bool: keys before `begin` are visible to none of its
+        queries, those from there to `seen` to all. One transfer for all groups.
     """
-    hidden = [~each for each in visible]
-    partly = [each[..., :most].flatten(0, 1).any(0) for each, most in zip(hidden, columns, strict=True)]
-    first = [torch.where(each.any(), each.int().argmax(), most) for each, most in zip(partly, columns, strict=True)]
-    seen = torch.stack(first).tolist()
-    return [(count, each[:, None, None, :, count:]) for count, each in zip(seen, hidden, strict=True)]
+    bounds = []
+    for each, most in zip(visible, columns, strict=True):
+        counted = each[..., :most].flatten(0, 1)
+        begin = _first(counted.any(0))
+        after = torch.arange(most, device=each.device) >= begin
+        bounds += [begin, _first(~counted.all(0) & after)]
+    found = torch.stack(bounds).view(-1, 2).tolist() if bounds else []
+    return [(begin, seen, ~each[:, None, None, :, seen:]) for (begin, seen), each in zip(found, visible, strict=True)]
+
+
+def _first(which: torch.Tensor) -> torch.Tensor:
+    """The first True of [S], S where there is none."""
+    return torch.where(which.any(), which.int().argmax(), len(which)) if len(which) else which.new_zeros((), dtype=int)

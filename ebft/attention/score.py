@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from ebft.attention.chunked import chunked_pass, chunks_of
+from ebft.attention.chunked import chunked_pass
+from ebft.attention.chunks import chunks_of
 from ebft.attention.flex import flex_masks, flex_pass
 from ebft.attention.masks import PerKey
 from ebft.attention.rule import ScoreRule, attend

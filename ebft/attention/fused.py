@@ -1,0 +1,53 @@
+"""torch's fused attention on a CPU, as a part of a longer row of keys: with the logarithm of its normalizer.
+
+The two operators are those behind `scaled_dot_product_attention` there, which returns no normalizer. Backward computes
+weights anew from the normalizer that it is given: with that of the longer row they are the weights in that row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ebft.attention.rule import ScoreRule
+
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def serves(query: Tensor, value: Tensor, rule: ScoreRule) -> bool:
+    """Whether fused attention computes this layer, and tells its normalizer, where `query` lies."""
+    plain = rule.softcap is None and query.shape[-1] == value.shape[-1]
+    return plain and query.device.type == "cpu" and hasattr(torch.ops.aten, _FORWARD)
+
+
+def forward(rows: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of rows [X,R,Q,E] over key and value [X,S,E], all of them visible.
+
+    Returns:
+        Output [X,R,Q,E] and log Σ_s exp(scaling·q·k_s) [X,R,Q], in at least float32.
+    """
+    keys, values = _for_each(rows, key), _for_each(rows, value)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, scale=scaling)
+
+
+def backward(
+    gradient: Tensor, rows: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What these keys contribute to the gradients, if they are a part of what `out` and `normalizer` are of.
+
+    Args:
+        gradient: of `out`; rows, out: [X,R,Q,E]; key, value: [X,S,E]; normalizer [X,R,Q].
+
+    Returns:
+        Contributions to the gradients of rows [X,R,Q,E], key and value [X,S,E].
+    """
+    keys, values = _for_each(rows, key), _for_each(rows, value)
+    of_rows, of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, rows, keys, values, out, normalizer, 0.0, False, scale=scaling
+    )
+    return of_rows, of_keys.sum(1), of_values.sum(1)
+
+
+def _for_each(rows: Tensor, x: Tensor) -> Tensor:
+    """[X,S,E] -> a view [X,R,S,E]."""
+    return x[:, None].expand(-1, rows.shape[1], -1, -1)
