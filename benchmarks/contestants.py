@@ -20,8 +20,8 @@ from ebft.planning import products
 from ebft.policy import CausalPolicy
 from ebft.samplers.anchors import strided
 
-# Copies of the row that the reference scores at once. All 8 of the largest setting would need more than 20 GB.
-COPIES = 4
+# Copies of the row that the reference scores at once. Four of 1,024 tokens and their rollouts need more than 24 GB.
+COPIES = 2
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine["device"] if machine["device"] != "cpu" else machine["processor"]
     parts = [
         f"{choice['policy']}, {weights}, computed in {results['compute_dtype']}; {where}, {machine['threads']} threads,"
-        f" torch {machine['versions']['torch']}.\n"
+        f" torch {machine['versions']['torch']}. The reference scores {results['reference_copies']} copies of the row at"
+        " once. Same tokens: the share of rollout tokens that both draw with the same random numbers.\n"
     ]
     if results["rows"]:
         parts.append(comparison(results["rows"]))
@@ -47,7 +48,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
     """A line for every setting and stage."""
     head = (
         *("setting", "stage", "reference s", "ours s", "speed-up", "floor s", "ours/floor"),
-        *("reference tokens", "ours tokens", "reference MiB", "ours MiB", "runs"),
+        *("reference tokens", "ours tokens", "reference MiB", "ours MiB", "same tokens", "runs"),
     )
     lines = [
         (
@@ -55,6 +56,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
             *(f"{row['reference_s'] / row['ours_s']:.1f}×", f"{row['floor_s']:.3g}"),
             *(f"{row['ours_s'] / row['floor_s']:.2f}", str(row["reference_token_forwards"])),
             *(str(row["ours_token_forwards"]), peak(row, "reference"), peak(row, "ours")),
+            f"{row['same_tokens']:.2%}" if "same_tokens" in row else "–",
             f"{row['reference_repeats']}, {row['ours_repeats']}",
         )
         for row in rows

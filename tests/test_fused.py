@@ -1,0 +1,80 @@
+"""Fused attention as a part of a longer row of keys."""
+
+import pytest
+import torch
+
+from ebft.attention import Score, fused
+from ebft.attention.rule import ScoreRule
+from ebft.layout import NestedPrefixLayout
+
+SCALING = 0.4
+
+
+@pytest.fixture
+def parts():
+    """rows [2,3,5,8], keys and values [2,7,8]."""
+    random = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 5, 8), (2, 7, 8), (2, 7, 8)
+    return [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def plainly(rows, keys, values):
+    """Output, log Z."""
+    scores = SCALING * rows @ keys[:, None].mT
+    return scores.softmax(-1) @ values[:, None], scores.logsumexp(-1)
+
+
+def test_output_and_normalizer(parts):
+    for found, wanted in zip(fused.forward(*parts, SCALING), plainly(*parts), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-14, rtol=1e-13)
+
+
+def test_the_gradients_of_two_parts_of_the_keys_add_up(parts):
+    rows, keys, values = parts
+    out, normalizer = plainly(*parts)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    wanted = torch.autograd.grad(out, parts, slope)
+    split = [slice(3), slice(3, None)]
+    found = [
+        fused.backward(slope, rows, keys[:, own], values[:, own], out.detach(), normalizer.detach(), SCALING)
+        for own in split
+    ]
+    torch.testing.assert_close(found[0][0] + found[1][0], wanted[0], atol=1e-13, rtol=1e-12)
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat([part[i] for part in found], 1), wanted[i], atol=1e-13, rtol=1e-12)
+
+
+def test_what_it_serves():
+    query = torch.zeros(1, 1, 2, 8)
+    plain = ScoreRule(scaling=1.0)
+    assert fused.serves(query, query, plain)
+    assert fused.serves(query, query, ScoreRule(scaling=1.0, window=3, sinks=torch.zeros(1)))
+    assert not fused.serves(query, query, ScoreRule(scaling=1.0, softcap=1.0))
+    assert not fused.serves(query, query[..., :4], plain)
+    assert not fused.serves(query.to("meta"), query.to("meta"), plain)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_it_gets_all_that_the_queries_of_a_call_have_in_common(monkeypatch, window):
+    """Of rows of their own documents, each what is common in it, and within the window."""
+    documents = torch.zeros(2, 300, dtype=torch.int64)
+    documents[1, 40:] = 1
+    anchors = torch.tensor([[50, 60, 280], [50, 60, 1]])
+    layout = NestedPrefixLayout(
+        anchors, torch.tensor([[True] * 3, [True, True, False]]), length=300, rollouts=2, horizon=4,
+        document_ids=documents,
+    )  # fmt: skip
+    given = []
+    forward = fused.forward
+    monkeypatch.setattr(
+        fused,
+        "forward",
+        lambda rows, keys, *rest: given.append((rows.shape[2], keys.shape[1])) or forward(rows, keys, *rest),
+    )
+    query, key, value = (torch.randn(2, heads, layout.size, 8) for heads in (4, 2, 2))
+    Score(layout, "chunked")(0, query, key, value, ScoreRule(scaling=1.0, window=window))
+    # queries and keys of: 128 tokens from 128 on, the rest of the trunk, the teeth of all three anchors
+    first, second = [(128, 128), (44, 256), (24, 50)], [(128, 88), (44, 216)]
+    if window:
+        first, second = [], []
+    assert given == first + second
