@@ -32,8 +32,8 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine["device"] if machine["device"] != "cpu" else machine["processor"]
     parts = [
         f"{choice['policy']}, {weights}, computed in {results['compute_dtype']}; {where}, {machine['threads']} threads,"
-        f" torch {machine['versions']['torch']}. The reference scores {results['reference_copies']} copies of the row at"
-        " once. Same tokens: the share of rollout tokens that both draw with the same random numbers.\n"
+        f" torch {machine['versions']['torch']}. The reference scores {results['reference_copies']} copies at once."
+        " Same tokens: the share of rollout tokens that both draw with the same random numbers.\n"
     ]
     if results["rows"]:
         parts.append(comparison(results["rows"]))

@@ -55,26 +55,43 @@ def test_what_it_serves():
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_it_gets_all_that_the_queries_of_a_call_have_in_common(monkeypatch, window):
-    """Of rows of their own documents, each what is common in it, and within the window."""
+def test_it_gets_no_key_that_no_query_of_a_call_sees(monkeypatch, window):
+    """Of rows of their own documents, each from where its own begins, and from the window's beginning."""
     documents = torch.zeros(2, 300, dtype=torch.int64)
     documents[1, 40:] = 1
-    anchors = torch.tensor([[50, 60, 280], [50, 60, 1]])
+    anchors = torch.tensor([[50, 60, 280], [50, 60, 50]])
     layout = NestedPrefixLayout(
-        anchors, torch.tensor([[True] * 3, [True, True, False]]), length=300, rollouts=2, horizon=4,
-        document_ids=documents,
-    )  # fmt: skip
-    given = []
-    forward = fused.forward
-    monkeypatch.setattr(
-        fused,
-        "forward",
-        lambda rows, keys, *rest: given.append((rows.shape[2], keys.shape[1])) or forward(rows, keys, *rest),
+        anchors, torch.ones_like(anchors) > 0, length=300, rollouts=2, horizon=4, document_ids=documents
     )
+    given, forward = [], fused.forward
+
+    def counted(query, key, *rest, **options):
+        given.append((query.shape[2], key.shape[1]))
+        return forward(query, key, *rest, **options)
+
+    monkeypatch.setattr(fused, "forward", counted)
     query, key, value = (torch.randn(2, heads, layout.size, 8) for heads in (4, 2, 2))
     Score(layout, "chunked")(0, query, key, value, ScoreRule(scaling=1.0, window=window))
-    # queries and keys of: 128 tokens from 128 on, the rest of the trunk, the teeth of all three anchors
-    first, second = [(128, 128), (44, 256), (24, 50)], [(128, 88), (44, 216)]
+    # queries and keys of 256 tokens, of the other 44, and of the teeth of all three anchors
+    last = (44, 300), (44, 260)
     if window:
-        first, second = [], []
-    assert given == first + second
+        last = (44, 59), (44, 59)
+    teeth = (24, 280 if window is None else 245), (24, 20)
+    assert given == [(256, 256), last[0], teeth[0], (256, 256), last[1], teeth[1]]
+
+
+def test_a_query_that_sees_none_of_the_trunk_sees_its_own_tooth():
+    """The first tokens of a document: fused attention has nothing to say of them."""
+    documents = (torch.arange(20) >= 9)[None].long()
+    layout = NestedPrefixLayout(
+        torch.tensor([[4, 9]]), torch.ones(1, 2) > 0, length=20, rollouts=2, horizon=3, document_ids=documents
+    )
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, h, layout.size, 8, generator=random, dtype=torch.float64) for h in (4, 2, 2)]
+    found = {}
+    for kernel in ("dense", "chunked"):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        out = Score(layout, kernel)(0, *inputs, ScoreRule(scaling=0.5))
+        found[kernel] = out, *torch.autograd.grad(out.square().sum(), inputs)
+    for ours, theirs in zip(found["chunked"], found["dense"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-12)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,13 +16,17 @@ from ebft.tuning import PerDevice
 ANCHORS_PER_CALL = PerDevice(cpu=8, cuda=32)
 
 # Trunk tokens per call, for the same reason.
-TOKENS_PER_CALL = PerDevice(cpu=128, cuda=512)
+TOKENS_PER_CALL = PerDevice(cpu=256, cuda=512)
+
+# Added to a score: no weight is left beside any other key, but there is a sum of weights where there is no other.
+FAR_BELOW = -1e30
 
 # Rows of the batch per call: those of different documents or anchors see less in common.
 ROWS_PER_CALL = PerDevice(cpu=1, cuda=1 << 20)
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Chunk:
     """Q neighbouring slots of b rows: tokens of the trunk, or all teeth of a few anchors.
 
     Attributes:
@@ -43,6 +48,25 @@ class Chunk(NamedTuple):
     seen: int
     hidden: Tensor
 
+    def bias(self, row: int) -> Tensor:
+        """[1,1,Q,reach-begin] float32 of a row of the batch: 0 where the trunk is visible, `FAR_BELOW` where it is not.
+
+        It is not -inf, with which a query that sees nothing of the trunk would have no normalizer.
+        """
+        return self._biases[row - self.rows.start, None, None]
+
+    def own_hidden(self, row: int) -> Tensor:
+        """[Q/G,G,G] bool of a row of the batch: which tokens of its own tooth a query does not see."""
+        return self.hidden[row - self.rows.start, 0, 0, :, self.reach - self.seen :].unflatten(0, (-1, self.own))
+
+    @cached_property
+    def _biases(self) -> Tensor:
+        """[b,Q,reach-begin]; kept, since all layers of a window share it."""
+        hidden = self.hidden[:, 0, 0, :, : self.reach - self.seen]
+        biases = torch.zeros(*hidden.shape[:2], self.reach - self.begin, device=hidden.device)
+        biases[..., self.seen - self.begin :].masked_fill_(hidden, FAR_BELOW)
+        return biases
+
 
 def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
     """All slots of all rows, in chunks."""
@@ -62,7 +86,7 @@ def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
             few = anchors[k : k + few_anchors]
             start = length + k * per_anchor
             parts.append((few_rows, start, start + len(few) * per_anchor, max(few), layout.horizon))
-            most.append(max(few))
+            most.append(max(few) - 1)  # for a rest here, too, where none of them sees any of it
     visible = [_visible(layout, window, *part) for part in parts]
     hidden = partly_hidden(visible, most)
     return [Chunk(*part, *found) for part, found in zip(parts, hidden, strict=True)]

@@ -20,34 +20,55 @@ def serves(query: Tensor, value: Tensor, rule: ScoreRule) -> bool:
     return plain and query.device.type == "cpu" and hasattr(torch.ops.aten, _FORWARD)
 
 
-def forward(rows: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of rows [X,R,Q,E] over key and value [X,S,E], all of them visible.
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of query [X,R,Q,E] over key and value [X,S,E], each of which serves R heads.
+
+    Args:
+        bias: [1,1,Q,S] float32, added to scaling·q·k; None: all keys are visible.
 
     Returns:
-        Output [X,R,Q,E] and log Σ_s exp(scaling·q·k_s) [X,R,Q], in at least float32.
+        Output [X,R,Q,E] and log Σ_s exp(scaling·q·k_s + bias) [X,R,Q], in at least float32.
     """
-    keys, values = _for_each(rows, key), _for_each(rows, value)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, scale=scaling)
+    keys, values = _for_each(query, key), _for_each(query, value)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, False, attn_mask=_as(bias, query), scale=scaling
+    )
 
 
 def backward(
-    gradient: Tensor, rows: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, scaling: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    normalizer: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What these keys contribute to the gradients, if they are a part of what `out` and `normalizer` are of.
 
     Args:
-        gradient: of `out`; rows, out: [X,R,Q,E]; key, value: [X,S,E]; normalizer [X,R,Q].
+        gradient: of `out`; query, out: [X,R,Q,E]; key, value: [X,S,E]; normalizer [X,R,Q].
+        bias: as in `forward`.
 
     Returns:
-        Contributions to the gradients of rows [X,R,Q,E], key and value [X,S,E].
+        Contributions to the gradients of query [X,R,Q,E], key and value [X,S,E].
     """
-    keys, values = _for_each(rows, key), _for_each(rows, value)
-    of_rows, of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, rows, keys, values, out, normalizer, 0.0, False, scale=scaling
+    keys, values = _for_each(query, key), _for_each(query, value)
+    on_query, on_keys, on_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, keys, values, out, normalizer, 0.0, False, attn_mask=_as(bias, query), scale=scaling
     )
-    return of_rows, of_keys.sum(1), of_values.sum(1)
+    return on_query, on_keys.sum(1), on_values.sum(1)
 
 
-def _for_each(rows: Tensor, x: Tensor) -> Tensor:
+def _for_each(query: Tensor, x: Tensor) -> Tensor:
     """[X,S,E] -> a view [X,R,S,E]."""
-    return x[:, None].expand(-1, rows.shape[1], -1, -1)
+    return x[:, None].expand(-1, query.shape[1], -1, -1)
+
+
+def _as(bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """The operators take float32, or what the query is."""
+    return bias.double() if bias is not None and query.dtype == torch.float64 else bias
