@@ -283,11 +283,12 @@ def test_report_says_what_is_missing(tmp_path):
         "machine": measure.machine(CPU),
         "choice": {"policy": "p", "lora": 0},
         "compute_dtype": "float32",
+        "reference_copies": 2,
         **{"rows": [row], "curve": [], "growth": {}, "memory": []},
     }
     sampling_report.write(tmp_path / "new", results)
     text = (tmp_path / "new" / "sampling.md").read_text()
-    assert "| T=9 G=2 N=2 | scoring | 6 | 2 | 3.0× | 1.6 | 1.25 | 90 | 30 | killed | – | 1, 2 |" in text
+    assert "| T=9 G=2 N=2 | scoring | 6 | 2 | 3.0× | 1.6 | 1.25 | 90 | 30 | killed | – | – | 1, 2 |" in text
     assert json.loads((tmp_path / "new" / "sampling.json").read_text()) == results
 
 

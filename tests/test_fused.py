@@ -51,6 +51,8 @@ def test_what_it_serves():
     assert fused.serves(query, query, ScoreRule(scaling=1.0, window=3, sinks=torch.zeros(1)))
     assert not fused.serves(query, query, ScoreRule(scaling=1.0, softcap=1.0))
     assert not fused.serves(query, query[..., :4], plain)
+    assert not fused.serves(query, query.bfloat16(), plain)
+    assert not fused.serves(query.bfloat16(), query.bfloat16(), plain)
     assert not fused.serves(query.to("meta"), query.to("meta"), plain)
 
 

@@ -15,9 +15,14 @@ _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def serves(query: Tensor, value: Tensor, rule: ScoreRule) -> bool:
-    """Whether fused attention computes this layer, and tells its normalizer, where `query` lies."""
-    plain = rule.softcap is None and query.shape[-1] == value.shape[-1]
-    return plain and query.device.type == "cpu" and hasattr(torch.ops.aten, _FORWARD)
+    """Whether fused attention computes this layer, and tells its normalizer, where `query` lies.
+
+    In half precision it rounds weights before they are normalized, which a sampler and a scorer that cut the row
+    differently would not do alike: it is for float32 and float64.
+    """
+    fine = query.dtype in (torch.float32, torch.float64)
+    alike = query.shape[-1] == value.shape[-1] and query.dtype == value.dtype
+    return fine and alike and rule.softcap is None and query.device.type == "cpu" and hasattr(torch.ops.aten, _FORWARD)
 
 
 def forward(
