@@ -92,15 +92,14 @@ def fixed_steps(out: Path, minutes: float | None, recipes: Collection[str]) -> d
         raise UsageError(f"--minutes {minutes:g}: {path} is for {found['minutes']:g}: give those, or another folder")
     for recipe in RECIPES:
         options = options_of(recipe)
-        if recipe not in {*recipes, *found["recipes"]}:
-            continue
-        if recipe not in found["recipes"]:
+        if recipe in recipes and recipe not in found["recipes"]:
             probe = train(out / "runs" / f"{recipe}-probe", recipe, steps=PROBE, seed=0)
             steps = max(1, int(found["minutes"] * 60 / probe["step_s"]))
             known = {name: probe[name] for name in ("step_s", "machine")}
             found["recipes"][recipe] = {"options": options, "steps": steps, **known}
             write_json(path, found)
-        _check_options(found["recipes"][recipe]["options"], options, path, recipe)
+        if recipe in found["recipes"]:
+            _check_options(found["recipes"][recipe]["options"], options, path, recipe)
     return found
 
 

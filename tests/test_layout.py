@@ -209,10 +209,10 @@ def test_documents_change_the_scores(batch):
     """Else the test above would also pass with documents ignored."""
     rollout = torch.full((2, 10, 1, 2), 5)
     rollout_mask = batch[3][:, :, None, None].expand(rollout.shape)
-    policy = CausalPolicy(tiny("llama"))
+    policy = CausalPolicy(tiny("llama", dtype=torch.float64))  # documents change the order of adding
     with_documents, _ = policy.score(*batch, rollout, rollout_mask, document_ids=DOCUMENTS)
     without, _ = policy.score(*batch, rollout, rollout_mask)
-    same = (with_documents - without).abs().amax((-2, -1)) < 1e-5  # in another order of adding
+    same = (with_documents - without).abs().amax((-2, -1)) < 1e-6
     assert torch.equal(same, (document_starts(batch[2]) == 0) | ~batch[3])
 
 

@@ -104,13 +104,13 @@ class Decode:
         own_hidden, trunk_hidden = self._masks[rule.window]
         to_own = (query @ own_key.mT).mul_(rule.scaling)
         trunk_key, trunk_value = (x.flatten(0, 1) for x in self._trunk[layer])  # [B·J,T,E]
-        on_trunk, on_own = [], []
+        on_trunk, on_own, fuses = [], [], fused.serves(query, value, rule)
         for (start, stop, reach), (begin, seen, hidden) in zip(self._columns, trunk_hidden, strict=True):
             teeth = self._grid[:, start:stop]
             grouped = query[teeth].permute(0, 2, 3, 1, 4)  # [B,J,H/J,C,E]
             # the query heads of a key head are folded into its rows: a broadcast product would copy the keys
             rows = grouped.flatten(2, 3).flatten(0, 1)
-            rest = seen if fused.serves(query, value, rule) else begin
+            rest = seen if fuses else begin
             width, own, further = reach - rest, to_own.shape[-1], int(rest > begin)
             # columns: the rest of the trunk, the own tooth, and one key that stands for the trunk from begin to rest
             scores = rows.new_empty(*rows.shape[:2], width + own + further)

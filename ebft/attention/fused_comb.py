@@ -84,9 +84,9 @@ def _attend(
         return out, normalizer
     teeth = slice(chunk.start, chunk.stop)
     scores = _own_scores(query, key[:, teeth], chunk, row, rule)
-    total = torch.logaddexp(normalizer, _from_teeth(scores.logsumexp(-1), chunk))
-    weights = scores.sub_(_to_teeth(total, chunk)[..., None]).exp_().to(value.dtype)
-    own = _from_teeth(weights @ value[:, teeth].unflatten(1, (-1, chunk.own)), chunk)
+    total = torch.logaddexp(normalizer, _regroup(scores.logsumexp(-1), chunk))
+    weights = scores.sub_(_regroup(total, chunk)[..., None]).exp_().to(value.dtype)
+    own = _regroup(weights @ value[:, teeth].unflatten(1, (-1, chunk.own)), chunk)
     return out * (normalizer - total).exp_()[..., None] + own, total
 
 
@@ -122,29 +122,24 @@ def _attend_backward(
         return found
     teeth = slice(chunk.start, chunk.stop)
     own_key, own_value = (x[:, teeth].unflatten(1, (-1, chunk.own)) for x in (key, value))
-    rows, slopes = _to_teeth(query, chunk), _to_teeth(slope, chunk)
-    weights = _own_scores(query, key[:, teeth], chunk, row, rule).sub_(_to_teeth(normalizer, chunk)[..., None]).exp_()
-    on_scores = ((slopes @ own_value.mT) - _to_teeth(pull, chunk)[..., None]).mul_(weights).to(query.dtype)
+    rows, slopes = _regroup(query, chunk), _regroup(slope, chunk)
+    weights = _own_scores(query, key[:, teeth], chunk, row, rule).sub_(_regroup(normalizer, chunk)[..., None]).exp_()
+    on_scores = ((slopes @ own_value.mT) - _regroup(pull, chunk)[..., None]).mul_(weights).to(query.dtype)
     on_value[:, teeth] += (weights.to(value.dtype).mT @ slopes).flatten(1, 2)
     on_key[:, teeth] += (on_scores.mT @ rows).flatten(1, 2).mul_(rule.scaling)
-    return found + _from_teeth((on_scores @ own_key).mul_(rule.scaling), chunk)
+    return found + _regroup((on_scores @ own_key).mul_(rule.scaling), chunk)
 
 
 def _own_scores(query: Tensor, key: Tensor, chunk: Chunk, row: int, rule: ScoreRule) -> Tensor:
     """Scores [J,Q/G,R·G,G] of query [J,R,Q,E] against the own teeth of key [J,Q,E], in at least float32."""
-    scores = _to_teeth(query, chunk) @ key.unflatten(1, (-1, chunk.own)).mT
+    scores = _regroup(query, chunk) @ key.unflatten(1, (-1, chunk.own)).mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(rule.scaling)
     by_head = scores.unflatten(2, (-1, chunk.own))  # [J,Q/G,R,G,G]
     return by_head.masked_fill_(chunk.own_hidden(row)[None, :, None], -torch.inf).flatten(2, 3)
 
 
-def _to_teeth(x: Tensor, chunk: Chunk) -> Tensor:
-    """[J,R,Q,...] -> [J,Q/G,R·G,...]: the queries of each tooth together."""
-    return x.unflatten(2, (-1, chunk.own)).transpose(1, 2).flatten(2, 3)
-
-
-def _from_teeth(x: Tensor, chunk: Chunk) -> Tensor:
-    """The inverse of `_to_teeth`."""
+def _regroup(x: Tensor, chunk: Chunk) -> Tensor:
+    """[J,R,Q,...] -> [J,Q/G,R·G,...], the queries of each tooth together; and back: it is its own inverse."""
     return x.unflatten(2, (-1, chunk.own)).transpose(1, 2).flatten(2, 3)
 
 

@@ -53,8 +53,4 @@ def partly_hidden(visible: Sequence[torch.Tensor], columns: Sequence[int]) -> li
 
 def _first(which: torch.Tensor) -> torch.Tensor:
     """The first True of [S], S where there is none."""
-    return (
-        torch.where(which.any(), which.int().argmax(), len(which))
-        if len(which)
-        else which.new_zeros((), dtype=torch.int64)
-    )
+    return torch.cat([which, which.new_ones(1)]).int().argmax()

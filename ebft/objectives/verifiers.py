@@ -93,20 +93,12 @@ def chrf(
     return _sentence_scores(CHRF(word_order=word_order, lowercase=lowercase), texts, references)
 
 
-def unit_tests(
-    programs: Sequence[str],
-    tests: Sequence[Sequence[str]],
-    *,
-    credit: str = "all",
-    timeout: float = 5.0,
-    memory: int = 512,
-    workers: int | None = None,
-    isolation: str | None = None,
-) -> Tensor:
-    """Which programs pass their tests, [M] in [0, 1]: the share of their `results_of_tests` that are "passed"."""
-    results = results_of_tests(
-        programs, tests, credit=credit, timeout=timeout, memory=memory, workers=workers, isolation=isolation
-    )
+def unit_tests(programs: Sequence[str], tests: Sequence[Sequence[str]], **options: Any) -> Tensor:
+    """Which programs pass their tests, [M] in [0, 1]: the share of their results that are "passed".
+
+    Args: as in `results_of_tests`, with its options.
+    """
+    results = results_of_tests(programs, tests, **options)
     return torch.tensor([sum(result.passed for result in own) / len(own) for own in results])
 
 
@@ -134,7 +126,7 @@ def results_of_tests(
         same tests are run once.
 
     Raises:
-        UsageError: an option, a number of tests, or a program without any.
+        UsageError: an option out of its range, not one list of tests for each program, or an empty one.
     """
     if credit not in ("all", "share"):
         raise UsageError(f"credit={credit!r} is not known; expected 'all' or 'share'")

@@ -158,7 +158,8 @@ def probe_policy(config: Any, kind: Kind, layers: int) -> CausalPolicy:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(kind.weights)
         if kind.lora:
             model = add_adapters(model, rank=kind.lora, seed=0, autocast=kind.autocast is not None)
-    # flex has no gradient on a CPU; for the backward pass it keeps what chunked keeps
+    # flex has no gradient on a CPU; for the backward pass it keeps what chunked keeps, and a number per head and token,
+    # which chunked keeps in float32 alone
     kernel = "chunked" if kind.kernel == "flex" else kind.kernel
     return CausalPolicy(model, autocast=kind.autocast, kernel=kernel, checkpointing=kind.checkpointing)
 
