@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from math import prod
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ from ebft.errors import UsageError
 _TIMEOUT = timedelta(hours=1)
 _PATIENCE = 2.0  # seconds
 _BUCKET = 64 * 2**20  # bytes of gradients that travel together
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 Value = TypeVar("Value")
 
@@ -58,13 +61,23 @@ def is_first() -> bool:
 
 
 def size() -> int:
-    """How many processes have joined; 1 outside `joined`."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes work together: those that have joined; 1 outside `joined`, and inside `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone.get() else 1
 
 
 def rank() -> int:
-    """The number of this process among those that have joined."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """The number of this process among them."""
+    return dist.get_rank() if dist.is_initialized() and not _alone.get() else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if there were no others: on all rows that it is given, and nothing is sent."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
 
 
 @contextmanager

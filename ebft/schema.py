@@ -44,6 +44,7 @@ ROLLOUT_TOKENS = ("rollout", "tokens")
 ROLLOUT_MASK = ("rollout", "mask")
 ROLLOUT_LOG_PROB = ("rollout", "log_prob")
 ROLLOUT_FEATURES = ("rollout", "features")
+VERIFIED = ("rollout", "verified")
 REWARD = ("rollout", "reward")
 ADVANTAGE = ("rollout", "advantage")
 POLICY_LOG_PROB = ("policy", "log_prob")
@@ -87,6 +88,7 @@ FIELDS: dict[NestedKey, Field] = {
     ROLLOUT_MASK: Field("B K N G", "bool", "a sampler (ebft.samplers)"),
     ROLLOUT_LOG_PROB: Field("B K N G", "float", "a sampler (ebft.samplers)"),
     ROLLOUT_FEATURES: Field("B K N D", "float", "a feature map (ebft.features)"),
+    VERIFIED: Field("B K N", "float", "a verifier (ebft.objectives.verifiers)"),
     REWARD: Field("B K N", "float", "an objective (ebft.objectives)"),
     ADVANTAGE: Field("B K N", "float", "a baseline (ebft.objectives.baselines)"),
     POLICY_LOG_PROB: Field("B K N G", "float", "policy scoring (ebft.policy)"),

@@ -1,4 +1,4 @@
-"""Runs of whole answers in one process and in two, which share the weights or do not.
+"""Runs of whole answers in one process and in two, which share the weights, or judge some while they draw others.
 
 `python -m tests.processes_answers FOLDER` leaves FOLDER/results.pt. See `tests.processes`, whose harness this is.
 """
@@ -28,6 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of two processes: the first has two rows of three, and so two parts.
+VARIANTS: dict[str, dict[str, Any]] = {"shared": {"shard": True}, "overlapped": {"overlap": 2}}
+
 
 def options_of(folder: Path) -> dict[str, Any]:
     """Options of a tiny run on prompts with answers, rewarded for the characters that they have in common."""
@@ -54,8 +57,9 @@ def main(folder: Path) -> None:
             results[kind, count] = together(
                 count, partial(whole_run, options | chosen, folder / f"{kind} {count}"), folder
             )
-        shared = options | chosen | {"shard": True}
-        results[kind, "shared"] = together(2, partial(whole_run, shared, folder / f"{kind} shared"), folder)
+        for name, more in VARIANTS.items():
+            run = partial(whole_run, options | chosen | more, folder / f"{kind} {name}")
+            results[kind, name] = together(2, run, folder)
     torch.save(results, folder / "results.pt")
 
 

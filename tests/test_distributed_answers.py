@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import close, left_by
-from tests.processes_answers import KINDS
+from tests.processes_answers import KINDS, VARIANTS
 
 # What a batch is divided into, and time, differ.
 OF_THE_DIVISION = ("time_", "tokens_per_second", "gradient_signal_to_noise")
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 folder, results = left_by("tests.processes_answers")
 
 
-@pytest.mark.parametrize("weights", [2, "shared"])
+@pytest.mark.parametrize("how", [2, *VARIANTS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_metrics_and_weights_are_those_of_one_process(results, folder, kind, weights):
-    (alone,), several = results[kind, 1], results[kind, weights]
+def test_metrics_and_weights_are_those_of_one_process(results, folder, kind, how):
+    (alone,), several = results[kind, 1], results[kind, how]
     start = load_file(folder / "model" / "model.safetensors")
     moved = max((w - start.get(name, torch.zeros_like(w))).abs().max() for name, w in alone["weights"].items())
     assert moved > 1e-3
@@ -53,10 +53,10 @@ def test_the_metrics_are_those_of_the_method(results, kind, wanted):
     assert len({record[name] for record in alone["records"]}) == 2
 
 
-@pytest.mark.parametrize("weights", [2, "shared"])
+@pytest.mark.parametrize("how", [2, *VARIANTS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_held_out_measurements_are_those_of_one_process(folder, kind, weights):
-    first, other = (json.loads((folder / f"{kind} {count}" / "evaluation.json").read_text()) for count in (1, weights))
+def test_held_out_measurements_are_those_of_one_process(folder, kind, how):
+    first, other = (json.loads((folder / f"{kind} {count}" / "evaluation.json").read_text()) for count in (1, how))
     assert first["metrics"].keys() == other["metrics"].keys() >= {"reward", *["answers_reward"] * (kind == "mixed")}
     for name, row in first["metrics"].items():
         for key, value in row.items():

@@ -8,42 +8,30 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner
 
 from ebft import cli
-from ebft.assemble.ablate import check_cell
 from ebft.assemble.rows import read_data
 from ebft.assemble.study_arms import (
     TASKS,
     Task,
-    answers_prompts,
-    arm_options,
-    evaluation_options,
     find_verifier,
-    shared_options,
 )
-from ebft.assemble.study_budget import budget_names, read_budget, settle_settings, unverified
-from ebft.commands.derived import evaluate_defaults, run_defaults
+from ebft.assemble.study_budget import read_budget, settle_settings, unverified
+from ebft.commands.derived import run_defaults
 from ebft.components.methods import with_defaults
 from ebft.data.split import unit_hash
 from ebft.errors import UsageError
-from ebft.loops.ablation.intervals import Interval, p_value
-from ebft.loops.ablation.study import time_left
 from ebft.loops.ablation.tables import with_error
-from ebft.loops.evaluation.quantities import Quantity
-from ebft.loops.evaluation.result import mean_differences, paired_differences
 from ebft.loops.interrupt import stop_after
 from ebft.loops.study.arms import ARMS
 from ebft.loops.study.choice import choose
-from ebft.loops.study.differences import Difference
-from ebft.loops.study.measured import Column
 from tests.runs import write_problems
+from tests.test_study_budgets import judging
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -335,78 +323,6 @@ def test_a_timer_stops_as_ctrl_c_does(handler):
     assert signal.signal(signal.SIGINT, before) is handler
 
 
-def test_the_time_left_knows_what_takes_long():
-    taken = {"fast": [1.0, 3.0], "slow": [10.0]}
-    assert time_left(taken, ["fast", "slow", "slow", "new"]) == 2 + 10 + 10 + 6
-    assert time_left(taken, []) == 0
-
-
-# Arithmetic
-
-
-def test_the_mean_of_paired_differences():
-    random = torch.Generator().manual_seed(0)
-    q = Quantity("cross_entropy", "all")
-    count = torch.randint(1, 9, (6,), generator=random).double()
-    totals = [{q: (torch.rand(6, generator=random, dtype=torch.float64), count)} for _ in range(4)]
-    (one, _), (other, _) = (paired_differences(totals[i], totals[i + 1], replicates=200) for i in (0, 2))
-    both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200)
-    assert both["value"] == pytest.approx((one["value"] + other["value"]) / 2, rel=1e-12)
-    # with equal counts the mean of differences is the difference of means, resample for resample
-    halves = [{q: ((totals[i][q][0] + totals[i + 2][q][0]) / 2, count)} for i in (0, 1)]
-    same, _ = paired_differences(*halves, replicates=200, method="percentile")
-    both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200, method="percentile")
-    for end in ("value", "low", "high", "standard_error"):
-        assert both[end] == pytest.approx(same[end], rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("half_width", "low", "high", "decided"),
-    [
-        *[
-            (1, 0.5, 3, True),
-            (3, 0.5, 3, False),
-            (1, -0.5, 3, False),
-            (math.nan, 0.5, 3, False),
-            (1, math.nan, 3, False),
-        ],
-        *[(0.0, 0.5, 3, False), (1e-15, 0.5, 3, False), (1e-6, 0.5, 3, True)],
-    ],
-)
-def test_a_difference_is_decided_by_seeds_and_texts(half_width, low, high, decided):
-    column = Column("pass@1", Quantity("pass_at_k", at=1), "prompts", "higher")
-    one = Difference("ebft", "sft", column, Interval(2.0, half_width, 3), 0.01, low, high)
-    other = Difference("ebft", "sft", column, Interval(-2.0, half_width, 3), 0.01, -high, -low)
-    assert one.decided is other.decided is decided
-    assert (one.better, other.better) == (True, False)
-
-
-def test_p_values_in_closed_form():
-    """With 2 degrees of freedom P(|t| > x) = 1 - x / √(2 + x²)."""
-    values = [1.0, 2.0, 6.0]
-    x = 3.0 / (math.sqrt(7) / math.sqrt(3))
-    assert p_value(values) == pytest.approx(1 - x / math.sqrt(2 + x * x), rel=1e-9)
-    assert math.isnan(p_value([1.0]))
-    assert (p_value([2.0, 2.0]), p_value([0.0, 0.0])) == (0.0, 1.0)
-
-
-# Programs that are judged alike
-
-
-def judging(flags, *, task="qa-code", budget="small", tests=True):
-    """What a study says of judging programs: of its runs by RLVR, and of its evaluations."""
-    chosen = read_budget(budget, task)
-    settings = settle_settings(chosen, {}, where=budget, verifier="unit_tests")
-    shared = shared_options(chosen, task=TASKS[task], flags=flags, defaults=run_defaults())
-    arms = arm_options(
-        chosen, settings, shared, flags=flags, verifier="unit_tests", per_row=1.0, tests=tests
-    )  # fmt: skip
-    measured = evaluation_options(
-        settings, shared, task=TASKS[task], answers=True, defaults=evaluate_defaults(), bootstrap=50, level=0.95
-    )
-    return [{name: own[name] for name in ("test_timeout", "test_prompt")} for own in (arms["rlvr"], measured)]
-
-
 def test_training_and_scoring_judge_the_same_programs(study, tmp_path):
     config = json.loads((study[1] / "study.json").read_text())
     assert config["options"]["rlvr"]["test_timeout"] == config["evaluation"]["test_timeout"] == 20
@@ -418,47 +334,7 @@ def test_training_and_scoring_judge_the_same_programs(study, tmp_path):
     assert judging({}, budget=str(tmp_path / "mine.yaml")) == [{"test_timeout": 8.0, "test_prompt": False}] * 2
 
 
-def test_an_evaluation_without_flags_is_as_it_was():
-    """Folders of studies that earlier versions began go on: an evaluation of other options is refused."""
-    assert judging({})[1] == {name: evaluate_defaults()[name] for name in ("test_timeout", "test_prompt")}
-
-
-def test_how_programs_are_judged_applies_where_there_are_some():
-    budget = read_budget("small", "qa-code")
-    flags = {"test_timeout": 9.0}
-    settings = settle_settings(budget, {"arms": "sft"}, where="small")
-    shared = shared_options(budget, task=TASKS["qa-code"], flags=flags, defaults=run_defaults())
-    resolve = partial(arm_options, budget, settings, shared, flags=flags, verifier=None, per_row=1.0)
-    assert resolve(tests=True)["sft"]["test_timeout"] is None
-    with pytest.raises(UsageError, match=r"--test-timeout 9.0 applies to no arm"):
-        resolve(tests=False)
-
-
-# Budgets and mistakes
-
-
-@pytest.mark.parametrize("name", budget_names())
-@pytest.mark.parametrize("task", [*TASKS, "mine.jsonl"])
-def test_every_budget_serves_every_task(name, task):
-    budget = read_budget(name, task)
-    verifier = {"code": None, "translation": "bleu"}.get(task, "unit_tests")
-    settings = settle_settings(budget, {}, where=name, verifier=verifier)
-    assert ("rlvr-ws" in settings.arms) == (verifier is not None)
-    shared = shared_options(budget, task=TASKS.get(task, Task(task)), flags={}, defaults=run_defaults())
-    options = arm_options(budget, settings, shared, flags={}, verifier=verifier, per_row=1.6)
-    amounts = []
-    for arm, own in options.items():
-        check_cell({"policy": "any", **own, "lr": settings.lr_grid.get(arm, (1.0,))[0], "seed": 0})
-        share = ARMS[arm].share
-        rows = own["epochs"] if own["steps"] is None else own["steps"] * own["batch"]
-        packed = not answers_prompts(arm) and own["steps"] is not None
-        amounts.append(rows / share * (1.6 if packed else 1))
-        assert own["split"] == "validation"
-        assert own["train_half"] == (None if own["steps"] is None else ARMS[arm].half)
-        assert ARMS[arm].after is None or arm == "rlvr-ws" or own["backbone"] == budget.run["policy"]
-        assert own["verifier"] == (verifier if arm.startswith("rlvr") else None)
-    assert max(amounts) <= 1.1 * min(amounts)  # batches are whole numbers
-    assert set(settings.lr_grid) == {arm for arm in settings.arms if ARMS[arm].method and not ARMS[arm].rate_of}
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -521,20 +397,6 @@ def test_data_that_is_not_there(tiny_folder, tmp_path):
     assert isinstance(result.exception, UsageError)
     assert "no/where.jsonl" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_budget_of_the_users_own(tmp_path):
-    (tmp_path / "mine.yaml").write_text("eval_rows: 3\nrun: {steps: 2, lr: 1e-3}\ntasks: {code: {eval_rows: 4}}\n")
-    path = str(tmp_path / "mine.yaml")
-    assert [read_budget(path, task).settings["eval_rows"] for task in ("code", "translation")] == [4, 3]
-    with pytest.raises(UsageError, match="says nothing of arms: give --arms"):
-        settle_settings(read_budget(path, "code"), {}, where="mine")
-    (tmp_path / "mine.yaml").write_text("evalrows: 3\n")
-    with pytest.raises(UsageError, match="did you mean 'eval_rows'"):
-        read_budget(path, "code")
-    (tmp_path / "mine.yaml").write_text("run: {stepps: 3}\n")
-    with pytest.raises(UsageError, match="did you mean 'steps'"):
-        read_budget(path, "code")
 
 
 def test_parts_of_the_data_do_not_overlap(tiny_text):

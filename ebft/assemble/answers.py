@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ebft.assemble.loss import build_loss, build_schedules
+from ebft.assemble.overlap import overlap_stages
 from ebft.assemble.pipeline import build_pipeline
 from ebft.assemble.rows import Data, check_batch, spread_rows, whole_rows, with_tests
 from ebft.components.methods import FURTHER
@@ -51,7 +52,7 @@ def build_answers(
     if resolved[ANSWERS]["verifier"] == "unit_tests":
         data = with_tests(data, own, console=console)
     parts = {**resolved, "objective": resolved[ANSWERS], "sampler": {}}
-    pipeline = build_pipeline(policy, reference, own, parts, answers=True, examples=data.example)
+    pipeline = overlap_stages(build_pipeline(policy, reference, own, parts, answers=True, examples=data.example), own)
     rows, held_out = whole_rows(data, policy.tokenizer, own)
     check_batch(rows, own)
     held_out = spread_rows(held_out, own["held_out"])

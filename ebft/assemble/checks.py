@@ -9,6 +9,7 @@ from typing import Any
 from ebft.assemble.answers import ANSWERS, answer_options
 from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
+from ebft.assemble.overlap import check_overlap
 from ebft.assemble.policy import check_decode, check_gradient, check_offload
 from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
@@ -56,6 +57,7 @@ _AT_LEAST = {
     ),
     "eval_every": 0,
     **dict.fromkeys(("length", "held_out"), 2),
+    "overlap": 1,
     **dict.fromkeys(("save_every", "keep", "updates", "minibatches"), 1),
     **dict.fromkeys(("max_grad_norm", "momentum", "weight_decay", "eps", "ema"), 0),
 }
@@ -109,6 +111,7 @@ def resolve_run(options: Mapping[str, Any], *, gradient: bool = True) -> dict[st
         if not answers["pg_weight"]:
             raise UsageError("--answer-weight 0 leaves whole answers out: use --method ebft")
         check_loss_options(answers)
+    check_overlap(settled, *([] if answers is None else [answers]))
     settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
     check_optimizer_options(settled, resolved)
     return resolved

@@ -33,6 +33,7 @@ TRAINING_ALONE = {
         "steps",
         "epochs",
         "micro_batch",
+        "overlap",
         "checkpointing",
         "offload_reference",
         "shard",

@@ -81,6 +81,11 @@ def _check_score_temperature(options: Mapping[str, Any]) -> None:
         _refuse(options, "score_temperature", "--truncate-weights would take the difference for one of the sampler")
 
 
+def trains_on_rollouts(options: Mapping[str, Any]) -> bool:
+    """Whether the loss has a term of rollouts: cross-entropy alone has none."""
+    return bool(options["pg_weight"] or options["kl"] or options["entropy"])
+
+
 def build_loss(options: Mapping[str, Any], policy_gradient: Mapping[str, Any]) -> EBFTLoss:
     """The loss; `policy_gradient` holds the resolved options of --pg."""
     scopes = {} if options["kl_scope"] is None else {"kl_scope": options["kl_scope"]}

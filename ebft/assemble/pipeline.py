@@ -8,7 +8,9 @@ from typing import Any
 from tensordict.nn import TensorDictModule, TensorDictSequential
 
 from ebft import schema
-from ebft.assemble.reward import build_reward, decoder, reader
+from ebft.assemble.loss import trains_on_rollouts
+from ebft.assemble.overlap import overlap_stages
+from ebft.assemble.reward import build_reward, build_verify, decoder, reader
 from ebft.components import choose
 from ebft.components.features import NotedMap
 from ebft.components.verifiers import Reference
@@ -31,8 +33,7 @@ def build_features(
 
 def training_stages(stages: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Of all `stages`, which the held-out measurement runs, those to train with: none for cross-entropy alone."""
-    of_rollouts = options["pg_weight"] or options["kl"] or options["entropy"]
-    return dict(stages) if of_rollouts else {}
+    return overlap_stages(stages, options) if trains_on_rollouts(options) else {}
 
 
 def build_pipeline(
@@ -46,9 +47,9 @@ def build_pipeline(
     feature_map: FeatureMap | None = None,
     examples: Callable[[int], Reference] | None = None,
 ) -> dict[str, Any]:
-    """The stages sample, embed and reward, from the options of a run and the resolved options of its components.
+    """The stages sample, embed, verify and reward, from the options of a run and the resolved ones of its components.
 
-    Without --features there is nothing to embed.
+    Without --features there is nothing to embed, without a verifier nothing to verify.
 
     Args:
         values: those of `build_values`; feature_map: that of `build_features`; made here when left out.
@@ -62,7 +63,11 @@ def build_pipeline(
         stages["embed"] = run_whole(as_module(embed, documents=options["sampler"] != "full"), *running)
     decode = decoder(policy.tokenizer, stop=_stop(options))
     by = schema.SEQUENCE_IDS if examples is None else schema.EXAMPLE
-    stages["reward"] = build_reward(options, resolved, decode=decode, values=values, examples=examples, by=by)
+    texts: dict[str, Any] = {"decode": decode, "examples": examples, "by": by}
+    verify = build_verify(options, resolved, **texts)
+    if verify is not None:
+        stages["verify"] = verify
+    stages["reward"] = build_reward(options, resolved, values=values, judged=True, **texts)
     return stages
 
 

@@ -94,6 +94,7 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         layers = layer_numbers(parse_layers(resolved["features"]["layers"]), text.num_hidden_layers)
     return Step(
         sampled=work(share),
+        drawn=work(-(-share // options["overlap"])),
         measured=work(min(options["held_out"], -(-HELD_OUT_ROWS // processes))),
         scored=work(at_once),
         parts=options["minibatches"] * -(-of_update // at_once),

@@ -7,11 +7,12 @@ from functools import partial
 from itertools import compress
 from typing import Any
 
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import NestedKey
 
 from ebft import schema
 from ebft.components import choose
-from ebft.components.objectives import COMBINE, MATCHING, build_objective, objective_parts
+from ebft.components.objectives import COMBINE, MATCHING, VERIFIER, build_objective, objective_parts
 from ebft.components.verifiers import Reference, Verifier
 from ebft.errors import UsageError
 from ebft.objectives.combine import combine
@@ -20,7 +21,7 @@ from ebft.objectives.energy import LinearEnergy
 from ebft.objectives.energy_reward import energy_reward
 from ebft.objectives.scores import Values
 from ebft.objectives.shaping import Stage, shaped
-from ebft.objectives.verifiers import Decode, verifier
+from ebft.objectives.verifiers import Decode, verified, verify
 from ebft.samplers.stop import Read, cut_text
 
 _AS_IT_IS = {"clean_up_tokenization_spaces": False}
@@ -66,6 +67,7 @@ def build_reward(
     values: Mapping[str, Values] | None = None,
     examples: Callable[[int], Reference] | None = None,
     by: NestedKey = schema.SEQUENCE_IDS,
+    judged: bool = False,
 ) -> Stage:
     """The stage that writes reward and advantage, and the metrics of each of its parts.
 
@@ -76,6 +78,7 @@ def build_reward(
         examples: the example that a row comes from (its prompt, answer and tests, which verifiers compare with), by the
             row's number in the entry `by`. None: data without examples, where a rollout is compared with the text that
             follows its anchor.
+        judged: a stage of `build_verify` has judged the texts before this one.
 
     Raises:
         UsageError: an objective that cannot be built, or that needs what the data does not have.
@@ -83,13 +86,40 @@ def build_reward(
     values = build_values(options, resolved) if values is None else values
     parts = objective_parts(options["objective"])
     shape = {name: options[name] for name in _SHAPING}
-    make = partial(_stage, options=options, resolved=resolved, decode=decode, examples=examples, by=by)
+    judge = None if judged else build_verify(options, resolved, decode=decode, examples=examples, by=by)
+    make = partial(_stage, options=options, resolved=resolved, judge=judge)
     if options["objective"] in MATCHING:  # shapes by itself: it knows the size of the terms of its rewards
         return _matching(values[options["objective"]], options, **shape)
     stages = {name: _matching(values[name], options) if name in values else make(name) for name in parts}
     if not options["objective"].startswith(COMBINE):
         return shaped(stages[options["objective"]], **shape)
     return shaped(combine(stages, parts, decode=decode), **shape)
+
+
+def build_verify(
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    *,
+    decode: Decode,
+    examples: Callable[[int], Reference] | None = None,
+    by: NestedKey = schema.SEQUENCE_IDS,
+) -> TensorDictModule | None:
+    """The stage that judges the texts of rollouts; None where no part of the objective is a verifier.
+
+    Args, raises: as in `build_reward`.
+    """
+    if VERIFIER not in objective_parts(options["objective"]):
+        return None
+    made: Verifier = build_objective(VERIFIER, resolved["objective"])
+    if examples is None and made.wants == "example":
+        raise UsageError(
+            f"--verifier {options['verifier']} wants examples with tests, and --data {options['data']} has none: give"
+            " data with the fields prompt, answer and tests and --method rlvr, or use chrf, bleu or exact_match"
+        )
+    references = None if examples is None else lambda number: made.reference(examples(number))
+    fenced = made.wants == "example" and options.get("chat")
+    score = partial(made.score, fenced=True) if fenced else made.score
+    return verify(score, decode=decode, references=references, group=made.group, by=by)
 
 
 def decoder(tokenizer: Any, *, stop: Sequence[str] = ()) -> Decode:
@@ -125,45 +155,14 @@ def _matching(values: Values, options: Mapping[str, Any], **shape: Any) -> Stage
 
 
 def _stage(
-    name: str,
-    *,
-    options: Mapping[str, Any],
-    resolved: Mapping[str, Mapping],
-    decode: Decode,
-    examples: Callable[[int], Reference] | None,
-    by: NestedKey,
+    name: str, *, options: Mapping[str, Any], resolved: Mapping[str, Mapping], judge: TensorDictModule | None
 ) -> Stage:
-    made = build_objective(name, resolved["objective"])
-    if isinstance(made, Verifier):
-        return _verifier(made, options, decode=decode, examples=examples, by=by)
-    energy, about = made
+    if name == VERIFIER:
+        reward = verified(estimator=options["estimator"])
+        return reward if judge is None else TensorDictSequential(judge, reward)
+    energy, about = build_objective(name, resolved["objective"])
     _check_energy(energy, about, options, resolved)
     return energy_reward(energy, estimator=options["estimator"])
-
-
-def _verifier(
-    made: Verifier,
-    options: Mapping[str, Any],
-    *,
-    decode: Decode,
-    examples: Callable[[int], Reference] | None,
-    by: NestedKey,
-) -> Stage:
-    if examples is None and made.wants == "example":
-        raise UsageError(
-            f"--verifier {options['verifier']} wants examples with tests, and --data {options['data']} has none: give"
-            " data with the fields prompt, answer and tests and --method rlvr, or use chrf, bleu or exact_match"
-        )
-    references = None if examples is None else lambda number: made.reference(examples(number))
-    fenced = made.wants == "example" and options.get("chat")
-    return verifier(
-        partial(made.score, fenced=True) if fenced else made.score,
-        decode=decode,
-        references=references,
-        by=by,
-        group=made.group,
-        estimator=options["estimator"],
-    )
 
 
 def _check_energy(

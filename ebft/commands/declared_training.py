@@ -18,6 +18,14 @@ def of_training(
     micro_batch: Annotated[
         int | None, option(TRAINING, "Sequences scored at once; saves memory, same gradient (default batch)")
     ] = None,
+    overlap: Annotated[
+        int,
+        option(
+            TRAINING,
+            "Parts of a batch: while one is drawn, a thread embeds the texts of the part before, or verifies them; for"
+            " --features sbert and verifiers. Same rollouts",
+        ),
+    ] = 1,
     optimizer: Annotated[str, option(TRAINING, "Of torch.optim, in small letters: adamw, sgd, ...")] = "adamw",
     lr: Annotated[float | None, option(TRAINING, "Learning rate, after warm-up (default 0.001; rlvr: 0.0001)")] = None,
     lr_schedule: Annotated[

@@ -22,6 +22,7 @@ from ebft.objectives.energy_reward import load_energy
 from ebft.objectives.scores import Values
 
 COMBINE = "combine:"
+VERIFIER = "verifier"
 
 
 def _feature_matching(*, alignment: str) -> Values:
@@ -60,7 +61,7 @@ OBJECTIVES = {
         {"kernel": "energy", "bandwidth": None, "power": None, "degree": None, "offset": None},
         _kernel_score,
     ),
-    "verifier": Component(
+    VERIFIER: Component(
         f"a score of the rollout's text: {', '.join(VERIFIERS)} or FILE.py:FUNCTION",
         {"verifier": "chrf", "group_aware": False, **OPTIONS},
         make_verifier,

@@ -8,10 +8,11 @@ those of the RLVR runs that arXiv 2603.12248 compares with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -176,10 +177,29 @@ def verifier(
     group: bool = False,
     estimator: str = "rloo",
     by: NestedKey = schema.SEQUENCE_IDS,
-) -> TensorDictModule:
+) -> TensorDictModuleBase:
     """A module that writes reward and advantage, [B,K,N] and 0 at masked anchors, from the texts of the rollouts.
 
-    It also writes the metrics ``reward_spread`` and ``zero_spread_groups``, [B,K], as ``component.objective`` does.
+    It is `verify` and then `verified`, which may as well be stages of their own.
+
+    Args: of these two.
+    """
+    return TensorDictSequential(
+        verify(score, decode=decode, references=references, group=group, by=by), verified(estimator=estimator)
+    )
+
+
+def verify(
+    score: Score,
+    *,
+    decode: Decode,
+    references: Callable[[int], Any] | None = None,
+    group: bool = False,
+    by: NestedKey = schema.SEQUENCE_IDS,
+) -> TensorDictModule:
+    """A module that writes `schema.VERIFIED` [B,K,N], what a score says of the rollouts; 0 at masked anchors.
+
+    Rows are independent, so that those that are there can be judged while others are drawn (`ebft.loops.overlap`).
 
     Args:
         score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors at once;
@@ -190,7 +210,6 @@ def verifier(
         group: whether `score` is called for one anchor at a time, with its N texts and its reference, so that the
             reward of one rollout may depend on the others. What a baseline makes of the others' rewards then depends on
             the rollout that it corrects, so that no estimator but "none" is unbiased for such a reward.
-        estimator: of ``baselines.advantage``.
         by: entry [B] of int64 that tells sequences apart: their ids, or ``schema.EXAMPLE`` of rows of prompts, which
             also tells apart those with equal prompts.
     """
@@ -204,7 +223,7 @@ def verifier(
         pairs = zip(groups, right, strict=True)
         return torch.stack([_as_rewards(score(own, reference), count) for own, reference in pairs])
 
-    def reward_and_advantage(tokens: Tensor, mask: Tensor, anchor_mask: Tensor, *about: Tensor):
+    def judge(tokens: Tensor, mask: Tensor, anchor_mask: Tensor, *about: Tensor) -> Tensor:
         count = tokens.shape[2]
         reward = torch.zeros(tokens.shape[:3], device=tokens.device)
         if anchor_mask.any():
@@ -216,12 +235,28 @@ def verifier(
             values = by_items(rewards, _chunks(texts, count), right).to(tokens.device)
             reward = reward.to(values.dtype).masked_scatter(anchor_mask[..., None], values)
         check_finite(reward, tokens, mask, decode)
-        return plain_reward(reward, anchor_mask, estimator=estimator)
+        return reward
 
     about = [schema.TARGET_TOKENS, schema.TARGET_MASK] if references is None else [by]
     return TensorDictModule(
-        reward_and_advantage,
+        judge,
         in_keys=[schema.ROLLOUT_TOKENS, schema.ROLLOUT_MASK, schema.ANCHOR_MASK, *about],
+        out_keys=[schema.VERIFIED],
+        strict=True,
+    )
+
+
+def verified(*, estimator: str = "rloo") -> TensorDictModule:
+    """A module that writes reward and advantage, [B,K,N] and 0 at masked anchors, of what `verify` wrote.
+
+    It also writes the metrics ``reward_spread`` and ``zero_spread_groups``, [B,K], as ``component.objective`` does.
+
+    Args:
+        estimator: of ``baselines.advantage``.
+    """
+    return TensorDictModule(
+        partial(plain_reward, estimator=estimator),
+        in_keys=[schema.VERIFIED, schema.ANCHOR_MASK],
         out_keys=[schema.REWARD, schema.ADVANTAGE, *map(schema.metric, METRICS)],
         strict=True,
     )

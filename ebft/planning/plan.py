@@ -68,7 +68,7 @@ class Step:
     """What a process does in a step.
 
     Args:
-        sampled: what it samples and embeds at once, and `measured`, what at once in a held-out measurement.
+        sampled: what it samples and embeds, and `measured`, what at once in a held-out measurement.
         scored: what it scores at once, `parts` times in each of `updates` passes over the batch.
         minibatches: updates of the weights in each pass.
         rollouts: whether it trains on rollouts at all.
@@ -79,6 +79,7 @@ class Step:
         backbone: bytes of a feature backbone of its own; 0 where the features are the start's, or of no network.
         captured: whether the steps of sampling are CUDA graphs, which keep their keys and values.
         offload: whether frozen networks lie in CPU memory while they are not used.
+        drawn: what it samples at once, if not all.
     """
 
     sampled: Work
@@ -95,6 +96,7 @@ class Step:
     backbone: float = 0.0
     captured: bool = False
     offload: bool = False
+    drawn: Work | None = None
 
 
 def predict(
@@ -114,6 +116,7 @@ def predict(
     frozen_bytes = kind.weights.itemsize
     trained_bytes = 4 if kind.lora else kind.weights.itemsize
     per_weight = state_bytes(make_optimizer)
+    drawn = step.drawn or step.sampled
     frozen = {"frozen copy": 0.0 if kind.lora else whole * frozen_bytes, "feature backbone": step.backbone}
     parts = {
         "weights": whole * frozen_bytes + (trained * trained_bytes if kind.lora else 0),
@@ -121,11 +124,10 @@ def predict(
         "gradients": trained * trained_bytes,
         "optimizer": trained * per_weight * trained_bytes / 4,
         "average": 4 * trained * step.average,
-        "decoding graphs": sum(kept_bytes(config, kind, work) for work in (step.sampled, step.measured))
-        * step.captured,
+        "decoding graphs": sum(kept_bytes(config, kind, work) for work in (drawn, step.measured)) * step.captured,
     }
     rates = measure_rates(config, kind)
-    wide = max(step.sampled, step.measured, key=lambda work: work.rows)
+    wide, widest_drawn = (max(work, step.measured, key=lambda work: work.rows) for work in (step.sampled, drawn))
     embed = rates["embed"].at(text.num_hidden_layers, wide.trunk, wide.teeth("embed")) if step.depth else 0.0
     scored = step.scored if step.rollouts else Work(step.scored.rows, step.scored.length, 0, 0, 1)
     visiting = frozen if step.offload else dict.fromkeys(frozen, 0.0)
@@ -139,7 +141,7 @@ def predict(
     read = [(replace(step.measured, rollouts=1), extra.whole), *[(scored, extra.forward)] * step.reference]
     head_rows = HEAD_ROWS.on(device)
     stages = {
-        "sample": sampling_bytes(config, kind, rates["embed"], wide, head_rows=head_rows) + extra.whole,
+        "sample": sampling_bytes(config, kind, rates["embed"], widest_drawn, head_rows=head_rows) + extra.whole,
         "embed": embed + step.taps * wide.teeth("embed") + embedding,
         "score": max(
             scoring_bytes(config, kind, rates["score"], scored, head_rows=head_rows) + extra.backward,

@@ -1,0 +1,89 @@
+"""What the host does with rollouts, done to some of a batch while the device draws the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+
+from ebft import schema
+from ebft.distributed import alone, by_rows, share
+from ebft.loops.stages import Stage
+
+Marked = tuple[TensorDictBase, "torch.cuda.Event | None"]
+
+
+def overlapped(sample: TensorDictModuleBase, host: Sequence[TensorDictModuleBase], *, parts: int) -> Stage:
+    """A stage that draws a batch in `parts`; a thread puts each through `host` while the next one is drawn.
+
+    It writes what its stages write one after the other, but for rounding: their rows are independent. On a GPU the
+    thread has a stream of its own. Of several processes each does so with its own rows; all write all of them.
+
+    Args:
+        sample: draws rollouts.
+        host: stages that keep the host busy: they decode and embed texts, or judge them. None of them may run the
+            policy, or a network that shares its weights.
+        parts: as even as can be; of fewer rows there are fewer parts.
+    """
+    keys = [key for stage in (sample, *host) for key in stage.out_keys]
+
+    def run(td: TensorDictBase) -> TensorDictBase:
+        rows = share(len(td))
+
+        def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with alone():
+                done = _in_parts(td[rows], sample, host, parts)
+            return tuple(done[key] for key in keys)
+
+        for key, value in zip(keys, by_rows(own, td[schema.TOKENS]), strict=True):
+            td[key] = value
+        return td
+
+    return run
+
+
+def _in_parts(td: TensorDictBase, sample: Stage, host: Sequence[Stage], parts: int) -> TensorDictBase:
+    device = td[schema.TOKENS].device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    worker = ThreadPoolExecutor(1)
+    try:
+        pending: list[Future[Marked]] = []
+        for part in td.split(-(-len(td) // parts)):
+            drawn = sample(part)
+            pending.append(worker.submit(copy_context().run, _work, drawn, _mark(device), host, stream))
+        done = [future.result() for future in pending]
+    finally:
+        worker.shutdown(cancel_futures=True)  # of an error or an interrupt: waits for what runs, begins nothing
+    for _, mark in done:
+        _wait_for(mark, device)
+    return torch.cat([part for part, _ in done])  # type: ignore[call-overload]
+
+
+def _work(
+    td: TensorDictBase, drawn: torch.cuda.Event | None, host: Sequence[Stage], stream: torch.cuda.Stream | None
+) -> Marked:
+    """In the thread. What it reads and writes is held until the other stream has waited for its mark."""
+    device = td[schema.TOKENS].device
+    with torch.cuda.stream(stream):
+        _wait_for(drawn, device)
+        for stage in host:
+            td = stage(td)
+        return td, _mark(device)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """Where the current stream is now; None on a CPU, which is there already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _wait_for(mark: torch.cuda.Event | None, device: torch.device) -> None:
+    if mark is not None:
+        torch.cuda.current_stream(device).wait_event(mark)

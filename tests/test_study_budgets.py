@@ -1,0 +1,87 @@
+"""What a study runs, by budget and task, before anything does."""
+
+from functools import partial
+
+import pytest
+
+from ebft.assemble.ablate import check_cell
+from ebft.assemble.study_arms import (
+    TASKS,
+    Task,
+    answers_prompts,
+    arm_options,
+    evaluation_options,
+    shared_options,
+)
+from ebft.assemble.study_budget import budget_names, read_budget, settle_settings
+from ebft.commands.derived import evaluate_defaults, run_defaults
+from ebft.errors import UsageError
+from ebft.loops.study.arms import ARMS
+
+
+def judging(flags, *, task="qa-code", budget="small", tests=True):
+    """What a study says of judging programs: of its runs by RLVR, and of its evaluations."""
+    chosen = read_budget(budget, task)
+    settings = settle_settings(chosen, {}, where=budget, verifier="unit_tests")
+    shared = shared_options(chosen, task=TASKS[task], flags=flags, defaults=run_defaults())
+    arms = arm_options(
+        chosen, settings, shared, flags=flags, verifier="unit_tests", per_row=1.0, tests=tests
+    )  # fmt: skip
+    measured = evaluation_options(
+        settings, shared, task=TASKS[task], answers=True, defaults=evaluate_defaults(), bootstrap=50, level=0.95
+    )
+    return [{name: own[name] for name in ("test_timeout", "test_prompt")} for own in (arms["rlvr"], measured)]
+
+
+def test_an_evaluation_without_flags_is_as_it_was():
+    """Folders of studies that earlier versions began go on: an evaluation of other options is refused."""
+    assert judging({})[1] == {name: evaluate_defaults()[name] for name in ("test_timeout", "test_prompt")}
+
+
+def test_how_programs_are_judged_applies_where_there_are_some():
+    budget = read_budget("small", "qa-code")
+    flags = {"test_timeout": 9.0}
+    settings = settle_settings(budget, {"arms": "sft"}, where="small")
+    shared = shared_options(budget, task=TASKS["qa-code"], flags=flags, defaults=run_defaults())
+    resolve = partial(arm_options, budget, settings, shared, flags=flags, verifier=None, per_row=1.0)
+    assert resolve(tests=True)["sft"]["test_timeout"] is None
+    with pytest.raises(UsageError, match=r"--test-timeout 9.0 applies to no arm"):
+        resolve(tests=False)
+
+
+@pytest.mark.parametrize("name", budget_names())
+@pytest.mark.parametrize("task", [*TASKS, "mine.jsonl"])
+def test_every_budget_serves_every_task(name, task):
+    budget = read_budget(name, task)
+    verifier = {"code": None, "translation": "bleu"}.get(task, "unit_tests")
+    settings = settle_settings(budget, {}, where=name, verifier=verifier)
+    assert ("rlvr-ws" in settings.arms) == (verifier is not None)
+    shared = shared_options(budget, task=TASKS.get(task, Task(task)), flags={}, defaults=run_defaults())
+    options = arm_options(budget, settings, shared, flags={}, verifier=verifier, per_row=1.6)
+    amounts = []
+    for arm, own in options.items():
+        check_cell({"policy": "any", **own, "lr": settings.lr_grid.get(arm, (1.0,))[0], "seed": 0})
+        share = ARMS[arm].share
+        rows = own["epochs"] if own["steps"] is None else own["steps"] * own["batch"]
+        packed = not answers_prompts(arm) and own["steps"] is not None
+        amounts.append(rows / share * (1.6 if packed else 1))
+        assert own["split"] == "validation"
+        assert own["train_half"] == (None if own["steps"] is None else ARMS[arm].half)
+        assert ARMS[arm].after is None or arm == "rlvr-ws" or own["backbone"] == budget.run["policy"]
+        assert own["verifier"] == (verifier if arm.startswith("rlvr") else None)
+    assert max(amounts) <= 1.1 * min(amounts)  # batches are whole numbers
+    assert set(settings.lr_grid) == {arm for arm in settings.arms if ARMS[arm].method and not ARMS[arm].rate_of}
+
+
+def test_a_budget_of_the_users_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("eval_rows: 3\nrun: {steps: 2, lr: 1e-3}\ntasks: {code: {eval_rows: 4}}\n")
+    path = str(tmp_path / "mine.yaml")
+    assert [read_budget(path, task).settings["eval_rows"] for task in ("code", "translation")] == [4, 3]
+    with pytest.raises(UsageError, match="says nothing of arms: give --arms"):
+        settle_settings(read_budget(path, "code"), {}, where="mine")
+    (tmp_path / "mine.yaml").write_text("evalrows: 3\n")
+    with pytest.raises(UsageError, match="did you mean 'eval_rows'"):
+        read_budget(path, "code")
+    (tmp_path / "mine.yaml").write_text("run: {stepps: 3}\n")
+    with pytest.raises(UsageError, match="did you mean 'steps'"):
+        read_budget(path, "code")
