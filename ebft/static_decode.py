@@ -179,7 +179,8 @@ def capture(step: Callable[[], None], changed: Sequence[torch.Tensor]) -> Callab
                 x.copy_(value)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a thread of `ebft.loops.overlap` may be at work on the device meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     finally:
         torch.set_autocast_cache_enabled(casts)

@@ -217,3 +217,16 @@ def test_a_run_by_the_fast_path(chosen, tmp_path, more):
     assert len(rows) == 3
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(0 < row["sampler_mismatch"] < 0.1 for row in rows)
+
+
+def test_rollouts_are_judged_while_others_are_drawn(chosen, tmp_path):
+    """On a stream of its own, by either way of decoding: rewards of the texts that were drawn."""
+    options = {**chosen, "objective": "combine:feature_matching+0.5*verifier", "verifier": "chrf", "steps": 3}
+    for decode in ("eager", "graph"):
+        rows = []
+        for overlap in (1, 2):
+            go({**options, "decode": decode, "overlap": overlap}, tmp_path / f"{decode} {overlap}")
+            rows.append(numbers(tmp_path / f"{decode} {overlap}"))
+        assert len({row["verifier_reward"] for row in rows[0]}) == 3
+        for ours, theirs in zip(*rows, strict=True):
+            assert ours["verifier_reward"] == pytest.approx(theirs["verifier_reward"], rel=0.05, abs=1e-3)
