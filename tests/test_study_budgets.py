@@ -49,6 +49,16 @@ def test_how_programs_are_judged_applies_where_there_are_some():
         resolve(tests=False)
 
 
+def test_where_answers_end_applies_where_some_are_drawn():
+    budget, flags = read_budget("small", "code"), {"stop": ["\n"]}
+    settings = settle_settings(budget, {"arms": "sft"}, where="small")
+    shared = shared_options(budget, task=TASKS["code"], flags=flags, defaults=run_defaults())
+    resolve = partial(arm_options, budget, settings, shared, flags=flags, verifier=None, per_row=1.0)
+    assert resolve(answers=True)
+    with pytest.raises(UsageError, match=r"--stop \['\\n'\] applies to no arm"):
+        resolve(answers=False)
+
+
 @pytest.mark.parametrize("name", budget_names())
 @pytest.mark.parametrize("task", [*TASKS, "mine.jsonl"])
 def test_every_budget_serves_every_task(name, task):

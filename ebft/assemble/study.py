@@ -124,8 +124,9 @@ def _prepare(
     decided = settle_settings(chosen, settings, where=f"--budget {budget}", verifier=verifier)
     if decided.criterion not in CRITERIA:
         raise UsageError(f"--criterion {decided.criterion!r}: expected one of {', '.join(CRITERIA)}")
-    tests = _has_tests(data, task)
-    resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier, tests=tests)
+    answers, tests = data.answers or task.prompts_from is not None, _has_tests(data, task)
+    judging = {"answers": answers, "tests": tests}
+    resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier, **judging)
     arms = resolve(per_row=1.0)
     if not arms:
         raise UsageError("--arms base: there is nothing to compare; name an arm that is trained")
@@ -133,7 +134,7 @@ def _prepare(
     for arm, trained in arms.items():
         _check_arm(arm, trained, base, decided.lr_grid.get(ARMS[arm].rate_of or arm, (1.0,)))
     measuring = evaluation_options(
-        decided, shared, task=task, answers=data.answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
+        decided, shared, task=task, answers=answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
     )
     settle_options({**measuring, "policy": base}, set(measuring), policy=base)
     load_data(measuring, ())

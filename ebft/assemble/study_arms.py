@@ -98,7 +98,7 @@ def answers_prompts(arm: str) -> bool:
 
 def arm_options(
     budget: Budget, settings: Settings, shared: Mapping[str, Any], *, flags: Mapping[str, Any], verifier: str | None,
-    per_row: float, tests: bool = False,
+    per_row: float, answers: bool = False, tests: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The options of each arm's runs, without `lr` and `seed`, and without `policy` after another arm.
 
@@ -107,13 +107,13 @@ def arm_options(
     Args:
         shared: of `shared_options`; flags: options of `run` that the user gave.
         per_row: of `examples_in_a_row`.
-        tests: whether the evaluation runs tests.
+        answers: whether the evaluation draws whole answers; tests: whether it runs tests.
 
     Raises:
         UsageError: a flag that no arm takes, or numbers of steps that do not give every arm as many examples.
     """
     found: dict[str, dict[str, Any]] = {}
-    used = {"stop", *(JUDGING if tests else ())}  # by the evaluation
+    used = {*(["stop"] if answers else []), *(JUDGING if tests else ())}  # by the evaluation
     for name in settings.arms:
         arm = ARMS[name]
         if arm.method is None:
@@ -143,7 +143,7 @@ def evaluation_options(
     """The options of every evaluation, without `policy`: the test half, the same random numbers for all.
 
     Args:
-        shared: of `shared_options`; answers: whether the data has prompts and answers.
+        shared: of `shared_options`; answers: whether there are prompts to answer.
         defaults: of the options of `evaluate`.
     """
     maps = [choose("features", name.strip()) for name in settings.eval_features.split(",") if name.strip()]
@@ -163,7 +163,7 @@ def evaluation_options(
     }
     if "backbone" in taken and shared["backbone"] in (None, "start"):
         options["backbone"] = policy_folder(shared["policy"])
-    if answers or task.prompts_from is not None:
+    if answers:
         options |= {
             "prompts_from": task.prompts_from,
             "prompts": settings.prompts,

@@ -43,7 +43,11 @@ def ablate(
     seeds: Annotated[int, option(STUDY, "Runs of every cell, with seeds from --seed on.")] = 1,
     one_at_a_time: Annotated[
         bool,
-        option(STUDY, "Vary one option at a time around the others' values, instead of the grid.", "--one-at-a-time"),
+        option(
+            STUDY,
+            "Vary one option at a time, instead of the grid. The others are as given by themselves, or as by default.",
+            "--one-at-a-time",
+        ),
     ] = False,
     replay: Annotated[
         Path | None,
