@@ -238,7 +238,7 @@ def _gather(parts: Sequence[Tensor] | None, rows: int, device: torch.device) -> 
         width = prod(shape) * dtype.itemsize
         sent = torch.zeros(max(counts), width, dtype=torch.uint8, device=device)
         if parts is not None:
-            part = parts[place].to(device).contiguous()
+            part = parts[place].to(device, dtype).contiguous()  # a score may give another without any anchor
             sent[: len(part)] = part.view(len(part), -1).view(torch.uint8).view(len(part), width)
         received = [torch.empty_like(sent) for _ in counts]
         with _clear_errors():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DECODES = ("eager", "compile", "graph")
 
 BACKEND = "inductor"  # of torch.compile
-_CAPTURED = 4  # graphs that are kept, each with buffers of its own: training, held-out, and their last batches
+_CAPTURED = 8  # graphs that are kept, each with buffers of its own: training and held-out, by parts of few lengths
 _COMPILED = 64  # graphs for as many shapes; more are an error
 LEAST_DRAWN = 8  # that the rows of a draw are multiples of
 _LOOK_EVERY = 16  # steps after which the host asks whether all rollouts have ended
@@ -145,7 +145,7 @@ class StaticDecoder:
     def _graph(self, key: tuple, state: State, step: Callable[[], None]) -> tuple[State, Callable[[], None]]:
         """The state whose tensors the graph of these shapes reads, with the values of `state`, and its replay."""
         if key in self._captured:
-            held, replay = self._captured[key]
+            held, replay = self._captured[key] = self._captured.pop(key)  # the last of them is the last used
             held.load(state)
             return held, replay
         if len(self._captured) == _CAPTURED:

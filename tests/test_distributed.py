@@ -158,6 +158,20 @@ def test_of_several_processes_one_that_ends_with_an_error_outlives_what_torchrun
             signal.signal(number, handler)
 
 
+def test_a_second_signal_does_nothing_where_one_of_several_processes_works_by_itself(monkeypatch):
+    processes = [2]
+    monkeypatch.setattr("ebft.loops.interrupt.size", lambda: processes[0])
+    monkeypatch.setattr("ebft.loops.interrupt.any_process", bool)
+    with stop_requests() as stop:
+        processes[0] = 1  # as inside `alone`
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+    with stop_requests(), pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @linux
 def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, tmp_path):
     """The command that people type; the second of two processes gets SIGKILL, and one process ends the run.

@@ -2,6 +2,7 @@
 
 import io
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -15,12 +16,23 @@ from ebft.commands.derived import run_defaults
 from ebft.errors import UsageError
 from ebft.features.module import as_module
 from ebft.features.text import from_text_function
-from ebft.loops.overlap import overlapped
+from ebft.loops.overlap import overlapped, sizes
 from ebft.loops.stages import at_step
 from ebft.objectives.verifiers import verify
 from tests.runs import go, metrics, parts, tiny_options, write_problems
 
 PATIENCE = 60  # seconds until a test that waits in vain fails
+
+
+def uneven(rows):
+    """Five rows with room for 0, 3, 1, 2 and 3 anchors; the first has a document for every four tokens."""
+    rows = rows[:5].clone()
+    ids = rows[schema.DOCUMENT_IDS]
+    ids[:] = 0
+    ids[0] = torch.arange(ids.shape[1]) // 4
+    ids[2, 10:] = 1 + torch.arange(ids.shape[1] - 10) // 4
+    ids[3, 20:] = 1 + torch.arange(ids.shape[1] - 20) // 4
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +50,29 @@ def stages(tiny_folder, tiny_text):
     return pipeline["sample"], embed, judge, rows[:5]
 
 
+def test_parts_are_even():
+    for rows, count in product(range(1, 12), range(1, 12)):
+        found = sizes(rows, count)
+        assert sum(found) == rows
+        assert len(found) == min(rows, count)
+        assert max(found) - min(found) <= 1
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
 def test_it_writes_what_the_stages_write_one_after_the_other(stages, count):
     sample, embed, judge, rows = stages
     wanted = judge(embed(sample(at_step(rows.clone(), seed=3, step=1))))
-    found = overlapped(sample, [embed, judge], parts=count)(at_step(rows.clone(), seed=3, step=1))
+    assert wanted[schema.ANCHOR_MASK].sum(1).tolist() == [0, 3, 1, 2, 3]
+    place, *draw = sample
+    found = overlapped(place, draw, [embed, judge], parts=count)(at_step(rows.clone(), seed=3, step=1))
     assert set(found.keys(True, True)) == set(wanted.keys(True, True))
     assert wanted[schema.VERIFIED].std() > 0
     for key in wanted.keys(True, True):
         torch.testing.assert_close(found[key], wanted[key], atol=1e-5 * wanted[key].is_floating_point(), rtol=0)
+
+
+def same(td):
+    return td
 
 
 def rows_of(count):
@@ -76,7 +102,7 @@ def test_a_part_is_judged_while_the_next_one_is_drawn():
         judged[number].set()
         return tokens * 10
 
-    td = overlapped(stage(sample, "drawn"), [stage(judge, "judged")], parts=3)(rows_of(5))
+    td = overlapped(same, [stage(sample, "drawn")], [stage(judge, "judged")], parts=3)(rows_of(5))
     assert td["drawn"][:, 0].tolist() == [100, 101, 102, 103, 104]
     assert td["judged"][:, 0].tolist() == [0, 10, 20, 30, 40]
     assert len(threads) == 1
@@ -92,7 +118,7 @@ def test_an_error_of_either_ends_both():
         raise UsageError("no verdict")
 
     with pytest.raises(UsageError, match="no verdict"):
-        overlapped(stage(lambda x: x, "drawn"), [stage(fail, "judged")], parts=2)(rows_of(4))
+        overlapped(same, [stage(lambda x: x, "drawn")], [stage(fail, "judged")], parts=2)(rows_of(4))
 
     wait, judged = threading.Event(), []
 
@@ -109,7 +135,7 @@ def test_an_error_of_either_ends_both():
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        overlapped(stage(sample, "drawn"), [stage(slow, "judged")], parts=5)(rows_of(5))
+        overlapped(same, [stage(sample, "drawn")], [stage(slow, "judged")], parts=5)(rows_of(5))
     assert judged[:1] == [0]
     assert len(judged) < 4  # those that had not begun were left
     assert threading.active_count() == before

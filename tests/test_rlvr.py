@@ -256,7 +256,7 @@ def test_a_run_from_the_command_line(rlvr, tmp_path):
     found = json.loads((out / "evaluation.json").read_text())
     assert set(found["metrics"]) == {"cross_entropy", "kl", "distinct_rollouts", "reward"}
     assert found["n_anchors"] == 2
-    assert set(found["stages"]) == {"sample", "reward", "score", "update", "step"}
+    assert set(found["stages"]) == {"sample", "verify", "reward", "score", "update", "step"}
     with open(out / "held_out.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     samples = json.loads((out / "samples.json").read_text())

@@ -95,3 +95,15 @@ def test_a_budget_of_the_users_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("run: {stepps: 3}\n")
     with pytest.raises(UsageError, match="did you mean 'steps'"):
         read_budget(path, "code")
+
+
+def test_only_arms_with_work_for_the_host_overlap_it():
+    budget, flags = read_budget("small", "qa-code"), {"overlap": 2}
+    settings = settle_settings(budget, {"arms": "sft,ebft,rlvr"}, where="small", verifier="unit_tests")
+    shared = shared_options(budget, task=TASKS["qa-code"], flags=flags, defaults=run_defaults())
+    given = {"flags": flags, "verifier": "unit_tests", "per_row": 1.0}
+    found = arm_options(budget, settings, shared, **given)
+    assert {name: own["overlap"] for name, own in found.items()} == {"sft": 1, "ebft": 1, "rlvr": 2}
+    alone = settle_settings(budget, {"arms": "sft,ebft"}, where="small")
+    with pytest.raises(UsageError, match="--overlap 2 applies to no arm"):
+        arm_options(budget, alone, shared, **given)

@@ -32,6 +32,12 @@ def answer_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**options, **_WITHOUT, **FURTHER[options["method"]], **weight, "horizon": options["max_new_tokens"]}
 
 
+def objectives_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settled options of each objective: those of the run, and as they are for whole answers, if it has some."""
+    answers = answer_options(options)
+    return [dict(options), *([] if answers is None else [answers])]
+
+
 def build_answers(
     policy: CausalPolicy,
     reference: CausalPolicy,
@@ -52,10 +58,11 @@ def build_answers(
     if resolved[ANSWERS]["verifier"] == "unit_tests":
         data = with_tests(data, own, console=console)
     parts = {**resolved, "objective": resolved[ANSWERS], "sampler": {}}
-    pipeline = overlap_stages(build_pipeline(policy, reference, own, parts, answers=True, examples=data.example), own)
+    measuring = build_pipeline(policy, reference, own, parts, answers=True, examples=data.example)
     rows, held_out = whole_rows(data, policy.tokenizer, own)
     check_batch(rows, own)
     held_out = spread_rows(held_out, own["held_out"])
     console.print(f"whole answers: {len(rows):,} training and {len(held_out)} held-out prompts", highlight=False)
     loss = build_loss(own, resolved["pg"])
-    return {ANSWERS: Objective(pipeline, loss, rows, own["batch"], build_schedules(own), held_out)}
+    pipeline, schedules = overlap_stages(measuring, own), build_schedules(own)
+    return {ANSWERS: Objective(pipeline, loss, rows, own["batch"], schedules, held_out, measuring)}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ebft.assemble.answers import ANSWERS, answer_options
+from ebft.assemble.answers import ANSWERS, answer_options, objectives_of
 from ebft.assemble.loss import OF_THE_DIVERGENCE, check_loss_options
 from ebft.assemble.optimizer import check_optimizer_options
 from ebft.assemble.overlap import check_overlap
@@ -111,7 +111,7 @@ def resolve_run(options: Mapping[str, Any], *, gradient: bool = True) -> dict[st
         if not answers["pg_weight"]:
             raise UsageError("--answer-weight 0 leaves whole answers out: use --method ebft")
         check_loss_options(answers)
-    check_overlap(settled, *([] if answers is None else [answers]))
+    check_overlap(*objectives_of(settled))
     settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
     check_optimizer_options(settled, resolved)
     return resolved

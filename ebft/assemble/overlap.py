@@ -7,6 +7,7 @@ from typing import Any
 
 from ebft.assemble.loss import trains_on_rollouts
 from ebft.components.objectives import VERIFIER, objective_parts
+from ebft.distributed import started
 from ebft.errors import UsageError
 from ebft.loops.overlap import overlapped
 
@@ -16,7 +17,8 @@ def overlap_stages(stages: Mapping[str, Any], options: Mapping[str, Any]) -> dic
     host = [name for name in host_stages(options) if name in stages]
     if options["overlap"] == 1 or not host:
         return dict(stages)
-    sample = overlapped(stages["sample"], [stages[name] for name in host], parts=options["overlap"])
+    place, *draw = stages["sample"]
+    sample = overlapped(place, draw, [stages[name] for name in host], parts=options["overlap"])
     return {"sample": sample, **{name: stage for name, stage in stages.items() if name not in (*host, "sample")}}
 
 
@@ -24,6 +26,11 @@ def host_stages(options: Mapping[str, Any]) -> list[str]:
     """The stages between sampling and rewards that run on the host, or wait for it, and without the policy."""
     of_texts = ["embed"] * (options["features"] == "sbert")
     return of_texts + ["verify"] * (VERIFIER in objective_parts(options["objective"]))
+
+
+def overlaps(*pipelines: Mapping[str, Any]) -> bool:
+    """Whether one of the objectives, by their settled options, has rollouts to train on and work for the host."""
+    return any(trains_on_rollouts(each) and host_stages(each) for each in pipelines)
 
 
 def check_overlap(*pipelines: Mapping[str, Any]) -> None:
@@ -35,11 +42,13 @@ def check_overlap(*pipelines: Mapping[str, Any]) -> None:
     options, parts = pipelines[0], pipelines[0]["overlap"]
     if parts == 1:
         return
+    rows = -(-options["batch"] // started())
     if options["shard"]:
         raise UsageError(f"--overlap {parts} with --shard: a gathered policy draws a batch at once. Leave one out")
-    if parts > options["batch"]:
-        raise UsageError(f"--overlap {parts}: a batch of {options['batch']} has no more parts than sequences")
-    if not any(trains_on_rollouts(each) and host_stages(each) for each in pipelines):
+    if parts > rows:
+        share = "" if started() == 1 else f" of which each of {started()} processes has {rows}"
+        raise UsageError(f"--overlap {parts}: a batch of {options['batch']}{share} has no more parts than sequences")
+    if not overlaps(*pipelines):
         raise UsageError(
             f"--overlap {parts}: nothing of this run is the host's: it is for --features sbert, which are embeddings"
             " of texts, and for verifiers, with rollouts to train on"

@@ -78,7 +78,7 @@ def build_sampler(
     *,
     answers: bool = False,
     **drawing: Any,
-) -> TensorDictModule:
+) -> TensorDictSequential:
     """The stage that places anchors and draws rollouts; `drawing` is passed on to the engine.
 
     Whole answers end at the sequences of --stop, and come with the metrics `answer_tokens` and
@@ -101,7 +101,7 @@ def build_sampler(
         eos=policy.tokenizer.eos_token_id,
         **drawing,
     )
-    return TensorDictSequential(stage, _lengths()) if whole else stage
+    return TensorDictSequential(*stage, _lengths()) if whole else stage
 
 
 def _stop(options: Mapping[str, Any]) -> Sequence[str]:

@@ -87,7 +87,7 @@ def build_reward(
     parts = objective_parts(options["objective"])
     shape = {name: options[name] for name in _SHAPING}
     judge = None if judged else build_verify(options, resolved, decode=decode, examples=examples, by=by)
-    make = partial(_stage, options=options, resolved=resolved, judge=judge)
+    make = partial(_stage, options=options, resolved=resolved, decode=decode, judge=judge)
     if options["objective"] in MATCHING:  # shapes by itself: it knows the size of the terms of its rewards
         return _matching(values[options["objective"]], options, **shape)
     stages = {name: _matching(values[name], options) if name in values else make(name) for name in parts}
@@ -155,10 +155,15 @@ def _matching(values: Values, options: Mapping[str, Any], **shape: Any) -> Stage
 
 
 def _stage(
-    name: str, *, options: Mapping[str, Any], resolved: Mapping[str, Mapping], judge: TensorDictModule | None
+    name: str,
+    *,
+    options: Mapping[str, Any],
+    resolved: Mapping[str, Mapping],
+    decode: Decode,
+    judge: TensorDictModule | None,
 ) -> Stage:
     if name == VERIFIER:
-        reward = verified(estimator=options["estimator"])
+        reward = verified(decode=decode, estimator=options["estimator"])
         return reward if judge is None else TensorDictSequential(judge, reward)
     energy, about = build_objective(name, resolved["objective"])
     _check_energy(energy, about, options, resolved)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebft import schema
+from ebft.assemble.answers import objectives_of
 from ebft.assemble.checks import resolve_run, settle
 from ebft.assemble.evaluation import MAP_OPTIONS
 from ebft.assemble.grid import taken_options
+from ebft.assemble.overlap import overlaps
 from ebft.assemble.policy import policy_folder
 from ebft.assemble.rows import FIELDS, Data, pack_part, usable_rows
 from ebft.assemble.study_budget import Budget, Settings
@@ -113,6 +115,7 @@ def arm_options(
         UsageError: a flag that no arm takes, or numbers of steps that do not give every arm as many examples.
     """
     found: dict[str, dict[str, Any]] = {}
+    overlapping = ["overlap"] * (shared["overlap"] > 1)  # for those alone that have something to overlap
     used = {*(["stop"] if answers else []), *(JUDGING if tests else ())}  # by the evaluation
     for name in settings.arms:
         arm = ARMS[name]
@@ -124,6 +127,10 @@ def arm_options(
         options |= {**of_arm, "method": arm.method}
         options, kept = _taken_alone(options, strict=of_method)
         used |= kept
+        if overlapping and overlaps(*objectives_of(settle(options))):
+            used.add("overlap")
+        elif overlapping:
+            options["overlap"] = 1
         options |= _amount(name, options, shared, of_method, per_row)
         if arm.after is not None and options["backbone"] in (None, "start") and "backbone" in _of_features(options):
             options["backbone"] = policy_folder(shared["policy"])  # every arm is measured with the base's features
@@ -131,7 +138,7 @@ def arm_options(
             options.pop(late)
         found[name] = options
     for name in flags:
-        if name in OPTION_NAMES and name not in used:
+        if name in (*OPTION_NAMES, *overlapping) and name not in used:
             raise UsageError(f"--{name.replace('_', '-')} {flags[name]} applies to no arm of this study: leave it out")
     return found
 

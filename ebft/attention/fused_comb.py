@@ -49,13 +49,16 @@ class _FusedComb(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for chunk, row in _rows(ctx.chunks, len(query)):
                 slope, own, attended, of_it = (_part(x, row, chunk, key) for x in (gradient, query, out, normalizer))
-                pull = (slope * attended).sum(-1, dtype=normalizer.dtype)  # dO·O, [J,R,Q]
+                pull = None  # dO·O, [J,R,Q]: fused attention computes its own
+                if chunk.own or on_sinks is not None:
+                    pull = (slope * attended).sum(-1, dtype=normalizer.dtype)
                 found = _attend_backward(
                     slope, own, key[row], value[row], attended, of_it, pull, chunk, row, rule,
                     on_key=on_key[row], on_value=on_value[row],
                 )  # fmt: skip
                 _part(on_query, row, chunk, key).copy_(found)
                 if on_sinks is not None:
+                    assert pull is not None
                     share = (_sinks(rule, of_it) - of_it).exp_()
                     on_sinks -= (share * pull).sum(-1).flatten()
         return on_query, on_key, on_value, on_sinks, None, None
@@ -97,7 +100,7 @@ def _attend_backward(
     value: Tensor,
     out: Tensor,
     normalizer: Tensor,
-    pull: Tensor,
+    pull: Tensor | None,
     chunk: Chunk,
     row: int,
     rule: ScoreRule,
@@ -108,7 +111,7 @@ def _attend_backward(
     """The gradient of query [J,R,Q,E].
 
     Args:
-        slope: gradient dO of `out`, [J,R,Q,E]; normalizer: log Z [J,R,Q]; pull: dO·O [J,R,Q].
+        slope: gradient dO of `out`, [J,R,Q,E]; normalizer: log Z [J,R,Q]; pull: dO·O [J,R,Q], for queries with a tooth.
         query, key, value, chunk, row, rule: as in `_attend`.
         on_key, on_value: [J,S,E], what the gradients of key and value are added to.
     """
@@ -120,6 +123,7 @@ def _attend_backward(
     on_value[:, seen] += on_seen_value
     if not chunk.own:
         return found
+    assert pull is not None
     teeth = slice(chunk.start, chunk.stop)
     own_key, own_value = (x[:, teeth].unflatten(1, (-1, chunk.own)) for x in (key, value))
     rows, slopes = _regroup(query, chunk), _regroup(slope, chunk)

@@ -82,7 +82,7 @@ def measure(
     sums = concatenate(parts)
     for name, objective in further.items():
         assert objective.held_out is not None
-        more, texts = one(objective.pipeline, objective.held_out, f"{label}, {name}")
+        more, texts = one(objective.measuring or objective.pipeline, objective.held_out, f"{label}, {name}")
         sums[called("reward", name)] = concatenate(more)["reward"]
         samples += texts
     return Held(sums, samples, concatenate([part["profile"] for part in parts]))

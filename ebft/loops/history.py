@@ -16,7 +16,7 @@ from ebft.files import clear_disk_errors, write_atomically
 
 _TERMS = ("step", "loss", "loss_policy_gradient", "loss_cross_entropy", "loss_kl", "reward", "feature_matching_loss")
 _WATCHED = ("cross_entropy", "kl", "distinct_rollouts", "gradient_norm", "learning_rate")
-_TIMES = ("time_sample", "time_embed", "time_reward", "time_score", "time_update", "time_step")
+_TIMES = ("time_sample", "time_embed", "time_verify", "time_reward", "time_score", "time_update", "time_step")
 COLUMNS = (*_TERMS, *_WATCHED, *_TIMES, "tokens_per_second")
 
 METRICS, REWARDS, HELD_OUT = "metrics.csv", "rewards.csv", "held_out.csv"

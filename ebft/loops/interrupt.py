@@ -25,9 +25,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     would die of it before they have said why they end.
     """
     asked: list[int] = []
+    several = size() > 1  # asked here: a signal may come where a process works by itself
 
     def ask(signum, frame):
-        if asked and size() == 1:
+        if asked and not several:
             raise KeyboardInterrupt
         asked.append(signum)
 
@@ -40,7 +41,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: any_process(bool(asked))
     except Exception:
-        if size() > 1:
+        if several:
             previous.clear()
         raise
     finally:

@@ -19,7 +19,10 @@ from ebft.objectives.schedules import Schedule
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step descends besides: rows of its own, the stages they go through, and a loss with its schedules."""
+    """What a step descends besides: rows of its own, the stages they go through, and a loss with its schedules.
+
+    Rows that are held out go through the stages `measuring`, where those are others.
+    """
 
     pipeline: Mapping[str, Stage]
     loss: EBFTLoss
@@ -27,6 +30,7 @@ class Objective:
     batch_size: int
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     held_out: TensorDictBase | None = None
+    measuring: Mapping[str, Stage] | None = None
 
 
 def called(name: str, label: str) -> str:

@@ -8,7 +8,6 @@ those of the RLVR runs that arXiv 2603.12248 compares with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -184,9 +183,8 @@ def verifier(
 
     Args: of these two.
     """
-    return TensorDictSequential(
-        verify(score, decode=decode, references=references, group=group, by=by), verified(estimator=estimator)
-    )
+    judge = verify(score, decode=decode, references=references, group=group, by=by)
+    return TensorDictSequential(judge, verified(decode=decode, estimator=estimator))
 
 
 def verify(
@@ -202,8 +200,8 @@ def verify(
     Rows are independent, so that those that are there can be judged while others are drawn (`ebft.loops.overlap`).
 
     Args:
-        score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors at once;
-            of several processes (`ebft.distributed`) each scores its share of the anchors.
+        score: (texts, references) -> rewards, M strings and M references of all rollouts of all real anchors of
+            the rows that are there; of several processes (`ebft.distributed`) each scores its share of the anchors.
         decode: (tokens [M,G], mask [M,G]) -> M strings, the continuations without their context.
         references: the reference of a sequence, by its number in `by` (an answer, a list of tests, anything `score`
             takes). None: the text of the anchor's target.
@@ -234,7 +232,6 @@ def verify(
                 right = [references(int(about[0][b])) for b in anchor_mask.nonzero()[:, 0].tolist()]
             values = by_items(rewards, _chunks(texts, count), right).to(tokens.device)
             reward = reward.to(values.dtype).masked_scatter(anchor_mask[..., None], values)
-        check_finite(reward, tokens, mask, decode)
         return reward
 
     about = [schema.TARGET_TOKENS, schema.TARGET_MASK] if references is None else [by]
@@ -246,17 +243,26 @@ def verify(
     )
 
 
-def verified(*, estimator: str = "rloo") -> TensorDictModule:
+def verified(*, decode: Decode, estimator: str = "rloo") -> TensorDictModule:
     """A module that writes reward and advantage, [B,K,N] and 0 at masked anchors, of what `verify` wrote.
 
     It also writes the metrics ``reward_spread`` and ``zero_spread_groups``, [B,K], as ``component.objective`` does.
 
     Args:
+        decode: as in `verify`, for the error.
         estimator: of ``baselines.advantage``.
+
+    Raises:
+        UsageError: when run, a verdict that is not finite; it shows the text.
     """
+
+    def reward_and_advantage(reward: Tensor, anchor_mask: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        check_finite(reward, tokens, mask, decode)
+        return plain_reward(reward, anchor_mask, estimator=estimator)
+
     return TensorDictModule(
-        partial(plain_reward, estimator=estimator),
-        in_keys=[schema.VERIFIED, schema.ANCHOR_MASK],
+        reward_and_advantage,
+        in_keys=[schema.VERIFIED, schema.ANCHOR_MASK, schema.ROLLOUT_TOKENS, schema.ROLLOUT_MASK],
         out_keys=[schema.REWARD, schema.ADVANTAGE, *map(schema.metric, METRICS)],
         strict=True,
     )
