@@ -63,7 +63,7 @@ def command(out: Path, batches: int) -> list[str]:
     """The measurement as a command line."""
     options = {
         "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS, "reference": "paper",
-        "set": "stride=8 first=8 horizon=8 rollouts=4",
+        "set": "stride=8 first=8 horizon=8 rollouts=4", "dtype": "float32",
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     for name, text in CONFIGURATIONS.items():

@@ -68,15 +68,16 @@ def chosen_cells(text: str, seeds: Sequence[int]) -> list[Cell]:
 
 
 def train(folder: Path, recipe: str, *, steps: int, seed: int) -> dict[str, Any]:
-    """A run in `folder`, or the rest of it; its machine, versions and times."""
+    """A run in `folder`, or the rest of it; its machine, versions, times, and the tokens that it saw or drew."""
     if not (folder / "evaluation.json").exists():
         # what is measured before and after training is not this benchmark's: it is kept small
         given = {**options_of(recipe), "steps": str(steps), "seed": str(seed), "held_out": "8", "policy": POLICY}
         command("run", *flags(given), "--out", str(folder), *(["--resume"] if folder.exists() else []))
     config = json.loads((folder / "config.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
-        times = [float(row["time_step"]) for row in csv.DictReader(file)]
-    found = {"step_s": statistics.median(times[1:] or times), "train_s": sum(times)}
+        rows = [(float(row["time_step"]), float(row["tokens_per_second"])) for row in csv.DictReader(file)]
+    times, tokens = [time for time, _ in rows], sum(time * rate for time, rate in rows)
+    found = {"step_s": statistics.median(times[1:] or times), "train_s": sum(times), "tokens": round(tokens)}
     return {**found, "machine": config["machine"], "versions": config["versions"]}
 
 

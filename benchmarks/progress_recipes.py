@@ -15,9 +15,10 @@ def parse(text: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in text.split())
 
 
-# The policy gradient alone: no cross-entropy, no divergence. What a recipe says itself goes before this.
+# The policy gradient alone: no cross-entropy, no divergence; in the precision that every machine has. What a recipe
+# says itself goes before this.
 COMMON = parse(
-    "data=stdlib length=128 stride=16 first=16 horizon=8 rollouts=4 batch=8 lora=16 lr=0.001 ce=0 kl=0"
+    "data=stdlib length=128 stride=16 first=16 horizon=8 rollouts=4 batch=8 lora=16 lr=0.001 ce=0 kl=0 dtype=float32"
 )  # fmt: skip
 _PLAIN = "features=hidden estimator=rloo_tuned"
 _MEAN = "features=hidden pooling=mean whitening=group estimator=rloo_tuned"
@@ -42,6 +43,10 @@ RECIPES: dict[str, str] = {
     # Clipped gradients have norm 1, which is 6e-4 in each of the 2.5 million weights that have one at the start; summed
     # with this momentum such steps are as long as those of AdamW at a rate of 0.001
     "momentum": f"{_PLAIN} optimizer=sgd momentum=0.9 lr=0.5",
+    # What did best in benchmarks/results/signal.md
+    "more-rollouts": f"{_PLAIN} rollouts=8",
+    "alignment": f"{_PLAIN} diversity=0",
+    "equal-tokens": "features=match match=position diversity=0 estimator=rloo_tuned",
     "large-batch": f"{_PLAIN} batch=16 micro_batch=8",  # its step takes twice as long: half as many fit
     "unclipped": f"{_PLAIN} max_grad_norm=0",
     "clipped-tightly": f"{_PLAIN} max_grad_norm=0.1",
@@ -51,7 +56,7 @@ RECIPES: dict[str, str] = {
 }
 
 MEASURE = parse(
-    "data=stdlib length=128 features=hidden held_out=64 horizons=8 stride=16 first=16 rollouts=4 seed=0"
+    "data=stdlib length=128 features=hidden held_out=64 horizons=8 stride=16 first=16 rollouts=4 seed=0 dtype=float32"
 )  # fmt: skip
 METRICS = {
     "feature_matching_loss": Quantity(quantities.MATCHING, "hidden", 8),

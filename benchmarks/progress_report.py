@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.progress_recipes import COMMON, MEASURE, METRICS, RECIPES
@@ -43,7 +44,7 @@ def write(out: Path, steps: Mapping[str, Any], seeds: Sequence[int]) -> str:
 
 def _row(known: Mapping[str, Any], cells: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """What is known of a recipe; cells by seed."""
-    kept = ("changes", "step_s", "train_s", "machine", "versions")
+    kept = ("changes", "step_s", "train_s", "tokens", "machine", "versions")
     own = {str(seed): {key: cell[key] for key in kept} for seed, cell in cells.items()}
     return {"options": known["options"], "steps": known["steps"], "machine": known["machine"], "cells": own}
 
@@ -61,23 +62,30 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['minutes']:g} minutes for each cell, {len(seeds)} seeds. Change of held-out totals from the start,"
         " below 0 is better: ± half of the 95 % interval over seeds (– of one), for a single seed the standard error"
-        f" over sequences. Against: the loss less that of {AGAINST}, over the seeds that both have.",
+        f" over sequences. Against: the loss less that of {AGAINST}, over the seeds that both have. Tokens: of"
+        " sequences and rollouts, in 10⁶; the loss is also given for each million of them.",
         "",
-        f"| recipe | steps | loss | against {AGAINST} | cross-entropy | "
+        f"| recipe | steps | tokens | loss | for each | against {AGAINST} | cross-entropy | "
         + " | ".join(f"seed {seed}" for seed in seeds)
         + " |",
-        "|---|---:|---:|---:|---:|" + "---:|" * len(seeds),
+        "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(seeds),
     ]
     against = changes[MATCHING].get(AGAINST, {})
     for recipe, row in result["recipes"].items():
         own = changes[MATCHING][recipe]
+        tokens = {seed: cell["tokens"] / 1e6 for seed, cell in row["cells"].items()}
         parts = [
             t_interval(list(own.values())),
+            t_interval([own[seed] / tokens[seed] for seed in own]),
             paired_interval(own, against),
             t_interval(list(changes[CROSS_ENTROPY][recipe].values())),
         ]
         singles = [_single(row["cells"].get(seed)) for seed in seeds]
-        lines.append("| " + " | ".join([recipe, str(row["steps"]), *map(_interval, parts), *singles]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([recipe, str(row["steps"]), f"{fmean(tokens.values()):.3g}", *map(_interval, parts), *singles])
+            + " |"
+        )
     if result["missing"]:
         lines += ["", f"Missing: {', '.join(result['missing'])}."]
     lines += ["", *_machines(result["recipes"])]

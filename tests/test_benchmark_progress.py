@@ -21,6 +21,7 @@ from ebft.errors import UsageError
 from ebft.loops.evaluation.result import csv_bytes
 
 ROWS = 4
+TOKENS = 50_000  # of a step
 SECONDS = {name: 1.0 + place for place, name in enumerate(RECIPES)}
 LOSS = {"paper": -0.01, "paper-adapters": -0.01, "plain": -0.03}  # of a policy less that of the start, by recipe
 MACHINE = {"processor": "a processor", "threads": 2, "device": "cpu", "python": "3.11.7"}
@@ -42,7 +43,8 @@ class Stand:
     def run(self, out: Path, policy: str) -> None:
         recipe = out.name.rpartition("-")[0]
         times = [100.0, SECONDS[recipe], SECONDS[recipe] + 0.5, SECONDS[recipe] - 0.5]  # the first step is slow
-        (out / "metrics.csv").write_text("time_step\n" + "\n".join(map(str, times)) + "\n")
+        lines = [f"{time},{TOKENS / time}" for time in times]
+        (out / "metrics.csv").write_text("time_step,tokens_per_second\n" + "\n".join(lines) + "\n")
         (out / "config.json").write_text(json.dumps({"machine": MACHINE, "versions": {"torch": "2"}}))
         (out / "evaluation.json").write_text("{}")
 
@@ -109,6 +111,7 @@ def test_a_cell_is_kept_with_its_paired_change(stand, tmp_path):
     assert (cell["recipe"], cell["seed"], cell["steps"]) == ("plain", 1, int(120 / SECONDS["plain"]))
     assert (cell["options"], cell["machine"]) == (options_of("plain"), MACHINE)
     assert cell["train_s"] == 100.0 + 3 * SECONDS["plain"]
+    assert cell["tokens"] == 4 * TOKENS
     loss, entropy = (cell["changes"][name] for name in METRICS)
     assert (loss["value"], entropy["value"]) == pytest.approx((-0.031, -0.062))
     assert loss["low"] < loss["value"] < loss["high"]
@@ -141,11 +144,12 @@ def test_the_report_is_of_what_is_there(stand, tmp_path):
     (plain,) = [line for line in text.splitlines() if line.startswith("| plain")]
     cells = [cell.strip() for cell in plain.split("|")[1:-1]]
     # t(1 degree of freedom) = 12.706; s/sqrt(2) = 0.001; against the other the seeds' own parts cancel
-    assert cells[:5] == ["plain", str(int(120 / SECONDS["plain"])), "-0.0300 ± 0.0127", "-0.0200 ± 0.0000",
-                         "-0.0600 ± 0.0254"]  # fmt: skip
-    assert cells[5].startswith("-0.0290 ± 0.00")
+    assert cells[:7] == ["plain", str(int(120 / SECONDS["plain"])), "0.2", "-0.0300 ± 0.0127", "-0.1500 ± 0.0635",
+                         "-0.0200 ± 0.0000", "-0.0600 ± 0.0254"]  # fmt: skip
+    assert cells[7].startswith("-0.0290 ± 0.00")
     (mean,) = [line for line in text.splitlines() if line.startswith("| mean |")]
-    assert [cell.strip() for cell in mean.split("|")[3:5]] == ["+0.0010 ± –", "+0.0100 ± –"]
+    columns = [cell.strip() for cell in mean.split("|")]
+    assert (columns[4], columns[6]) == ("+0.0010 ± –", "+0.0100 ± –")
     assert mean.rstrip(" |").endswith("–")
     missing = json.loads((tmp_path / "progress.json").read_text())["missing"]
     assert "mean:1" in missing
@@ -217,7 +221,7 @@ def test_the_papers_recipe_is_that_of_its_preset():
 
 
 def test_defaults_are_those_of_run():
-    assert in_full(run_defaults() | parsed("defaults")) == in_full(run_defaults())
+    assert in_full(run_defaults() | parsed("defaults")) == in_full(run_defaults()) | {"dtype": "float32"}
 
 
 def test_the_measurement_is_of_options_of_evaluate():

@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ebft import schema
 from ebft.assemble.checks import resolve_run, settle
-from ebft.assemble.config import machine, versions
+from ebft.assemble.config import fingerprint, machine, versions
 from ebft.assemble.configurations import OF_SAMPLING, parse_configuration, parse_settings
 from ebft.assemble.pipeline import build_features, build_sampler
 from ebft.assemble.policy import load_policy
@@ -114,6 +115,9 @@ def signal_from_options(
     identity = {
         "configurations": dict(configurations),
         **{name: value for name, value in options.items() if name not in _NOT_OF_GRADIENTS},
+        # what a machine makes of `auto`, and a Python of its own library
+        "precision": [str(next(policy.causal_lm.parameters()).dtype), str(policy.autocast)],
+        "sequences": fingerprint(rows[schema.SEQUENCE_IDS]),
     }
     result, gram = run_signal(
         policy,
