@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from ebft import schema
+from ebft import loading, schema
 from ebft.distributed import ProcessLost, any_process, by_items, by_rows, check_same, joined, rank, share, sum_gradients
 from ebft.errors import UsageError
 from ebft.loops import report
@@ -53,6 +54,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "verifier": {"batch": 3, "objective": "verifier", "verifier": "chrf", "estimator": "rloo", "kl_mode": "exact"},
 }
 
+# As on a GPU: bfloat16 compute with float32 weights, and frozen weights in bfloat16 under float32 adapters.
+HALVES: dict[str, dict[str, Any]] = {
+    "bfloat16 compute": {"dtype": "auto", "batch": 3},
+    "bfloat16 under adapters": {"dtype": "auto", "batch": 3, "lora": 2, "lr": 0.5},
+}
+
 COUNTS_OF = dict.fromkeys(KINDS, (2, 4)) | {"several updates": (4,), "credit of tokens": (2,), "verifier": (4,)}
 
 
@@ -80,8 +87,9 @@ def close(ours: float, theirs: float) -> bool:
 
 
 def prepare() -> None:
-    """What a harness does first: one thread, as forks want it, and no pictures."""
+    """What a harness does first: one thread, as forks want it, no pictures, and bfloat16 for whom asks for `auto`."""
     torch.set_num_threads(1)
+    loading._has_bfloat16_units = lambda device: True
     report.curves_png = lambda *args, **kwargs: b"no picture"
 
 
@@ -102,6 +110,7 @@ def main(folder: Path) -> None:
         for count in (1, *COUNTS_OF[kind]):
             work = partial(whole_run, options | chosen, folder / f"{kind} {count}")
             results[kind, count] = together(count, work, folder)
+    in_halves(options, folder, results)
     results["pieces"] = together(4, pieces, folder)
     for count in COUNTS:
         results["rows without anchors", count] = together(count, partial(rows_without_anchors, options), folder)
@@ -112,6 +121,35 @@ def main(folder: Path) -> None:
         together(count, partial(whole_run, options | {"batch": 5, "steps": 4}, copy, resume=True), folder)
     together(1, partial(whole_run, options | {"batch": 5, "steps": 4}, folder / "never broken"), folder)
     torch.save(results, folder / "results.pt")
+
+
+def in_halves(options: dict[str, Any], folder: Path, results: dict[str, Any], *, shard: bool = False) -> None:
+    """Runs of `HALVES` by one process and by two."""
+    for kind, chosen in HALVES.items():
+        for count in (1, 2):
+            work = partial(whole_run, options | chosen | {"shard": shard and count > 1}, folder / f"{kind} {count}")
+            results[kind, count] = together(count, work, folder)
+
+
+def check_halves(folder: Path, results: dict[str, Any], kind: str) -> None:
+    """Two processes have the same weights to the last bit, and made the update of one as far as bfloat16 tells."""
+    (alone,), several = results[kind, 1], results[kind, 2]
+    start = load_file(folder / "model" / "model.safetensors")
+    zero = {name: start.get(name, torch.zeros_like(weight)) for name, weight in alone["weights"].items()}
+    for own in several:
+        assert all(weight.dtype == torch.float32 for weight in own["weights"].values())
+        assert all(torch.equal(weight, several[0]["weights"][name]) for name, weight in own["weights"].items())
+        same = [(a == b).float().mean().item() for a, b in zip(own["rollouts"], alone["rollouts"], strict=True)]
+        assert min(same) > 0.95, same
+        (ours, *_), (theirs, *_) = own["records"], alone["records"]
+        for name in ("loss", "reward", "cross_entropy", "gradient_norm", "sampler_mismatch"):
+            assert math.isclose(ours[name], theirs[name], rel_tol=0.05, abs_tol=0.005), (name, ours[name], theirs[name])
+        moved, apart = (
+            sum((own["weights"][name] - other[name]).square().sum() for name in other)
+            for other in (zero, alone["weights"])
+        )
+        assert apart / moved < 0.05, (apart, moved)
+        assert moved > 1e-6
 
 
 def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:

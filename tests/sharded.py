@@ -19,7 +19,7 @@ from ebft.loops.average import Average
 from ebft.policy import CausalPolicy
 from ebft.sharding import ShardedModel, shard
 from tests.models import tiny
-from tests.processes import broken_run, prepare, run_options, together, whole_run, whole_tensor
+from tests.processes import broken_run, in_halves, prepare, run_options, together, whole_run, whole_tensor
 
 # Batches of 5 are shared out as 3 + 2 and 2 + 1 + 1 + 1 and scored by 2, those of 3 as 2 + 1 and 1 + 1 + 1 + 0.
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,7 @@ def main(folder: Path) -> None:
         for count in (1, *COUNTS_OF[kind]):
             work = partial(whole_run, options | chosen | {"shard": count > 1}, folder / f"{kind} {count}")
             results[kind, count] = together(count, work, folder)
+    in_halves(options, folder, results, shard=True)
     resumed(options | LONGER, folder, results)
     for writers, readers in ((4, (2, 1)), (1, (2,))):
         states = folder / f"states {writers}"

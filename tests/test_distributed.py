@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from ebft.distributed import by_items, by_rows, check_same, share, started
 from ebft.errors import UsageError
 from ebft.loading import choose_device
 from ebft.loops.interrupt import stop_requests
-from tests.processes import COUNTS, COUNTS_OF, LOST, ROOT, close, left_by
+from tests.processes import COUNTS, COUNTS_OF, HALVES, LOST, ROOT, check_halves, close, left_by
 from tests.runs import go, metrics
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness forks, and reads /proc")
@@ -45,6 +46,12 @@ def test_a_run_of_several_processes_is_the_run_of_one(results, folder, kind, cou
         for name, weight in own["weights"].items():
             torch.testing.assert_close(weight, alone["weights"][name], atol=2e-6, rtol=0)
             assert torch.equal(weight, several[0]["weights"][name])  # to the last bit among the processes
+
+
+@linux
+@pytest.mark.parametrize("kind", HALVES)
+def test_bfloat16_of_several_processes(results, folder, kind):
+    check_halves(folder, results, kind)
 
 
 @linux
@@ -225,6 +232,43 @@ def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, 
     go(config["options"], out, resume=True)
     assert len(metrics(out)) == reached + 1
     assert (out / "policy" / "model.safetensors").is_file()
+
+
+@linux
+def test_two_machines_are_one_run(tiny_folder, tiny_text, tmp_path):
+    """As far as one machine shows it: an agent of torchrun for each, that meet at a port, and a folder for both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "policy": tiny_folder, "data": tiny_text, "features": "ngram", "device": "cpu", "dtype": "float32", "lora": 0,
+        "length": 32, "horizon": 4, "first": 5, "steps": 2, "batch": 3, "held-out": 2, "optimizer": "sgd", "lr": 0.1,
+    }  # fmt: skip
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    cli = [str(ROOT / "cli.py"), "run", *given, "--out"]
+    agent = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    agent += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two"]
+    where = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, *agent, *cli, str(tmp_path / "two")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=where,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in agents]
+    finally:
+        for process in agents:
+            process.kill()
+    assert [process.returncode for process in agents] == [0, 0], said
+    assert sum(text.count("method ebft, policy") for text in said) == 1
+    subprocess.run([sys.executable, *cli, str(tmp_path / "one")], check=True, capture_output=True)
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(two, one, strict=True):
+        for name in ("loss", "reward", "gradient_norm", "feature_matching_loss", "cross_entropy"):
+            assert close(float(ours[name]), float(theirs[name])), name
 
 
 def _process_of_rank(parent: int, rank: int) -> int:

@@ -11,7 +11,7 @@ from ebft.assemble import resolve_run
 from ebft.commands.derived import run_defaults
 from ebft.errors import UsageError
 from ebft.loops.numbers import own_parts, part_shares
-from tests.processes import LOST, close, left_by
+from tests.processes import HALVES, LOST, check_halves, close, left_by
 from tests.runs import go, metrics
 from tests.sharded import COUNTS_OF
 
@@ -44,6 +44,12 @@ def test_a_sharded_run_is_the_run_of_one_process(results, folder, kind, count):
     assert max((theirs[name] - weight).abs().max() for name, weight in start.items()) > 1e-3
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=3e-6, rtol=0)
+
+
+@linux
+@pytest.mark.parametrize("kind", HALVES)
+def test_bfloat16_of_sharded_processes(results, folder, kind):
+    check_halves(folder, results, kind)
 
 
 @linux

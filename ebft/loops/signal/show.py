@@ -18,6 +18,7 @@ _COLUMNS = {
     "signal_to_noise_within": ("within", 4),
     "signal_to_noise_per_million": ("SNR² per 10⁶ token-forwards", 3),
     "signal_to_noise_within_per_million": ("within, per 10⁶", 3),
+    "gain": ("SNR² over reference's", 2),
     "cosine_to_reference": ("cos. to reference", 2),
     "towards_reference_within": ("towards reference, within", 4),
     "cosine_to_cross_entropy": ("cos. to cross-entropy", 2),
