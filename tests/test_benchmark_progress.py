@@ -248,4 +248,6 @@ def test_a_cell_by_the_real_commands(tiny_folder, tiny_text, tmp_path, monkeypat
     loss = cell["changes"]["feature_matching_loss"]
     assert 0 < abs(loss["value"]) < 1
     assert loss["standard_error"] > 0
-    assert f"| plain | 1 | {loss['value']:+.4f} ± – |" in text
+    (plain,) = [line for line in text.splitlines() if line.startswith("| plain | 1 |")]
+    assert plain.split("|")[4].strip() == f"{loss['value']:+.4f} ± –"
+    assert 64 < cell["tokens"] <= 208  # 2 sequences of 32, with 3 rollouts of 8 from each of 3 anchors
