@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
 
     A training step allocates and frees gigabytes of activations. Given back, every page of them is zeroed and mapped
     anew at the next step, which took 15 % of the time of scoring with backward (SmolLM2-135M, 1024 tokens, two cores).
-    The peak of memory stays what it is; it is not given back to other processes before the end.
+    It is not given back to other processes before the end, and the holes that what is kept for the backward pass leaves
+    between freed blocks make it more than what is alive at once: benchmarks/results/plan.md has by how much.
 
     Returns:
         Whether it was done; False where the C library is not glibc.
