@@ -22,7 +22,7 @@ from ebft.planning.memory import (
 )
 from ebft.planning.products import weights
 from ebft.planning.shares import Gathered, gathered
-from ebft.planning.speed import OVER_PRODUCTS, Device, stage_seconds, update_seconds
+from ebft.planning.speed import Device, over_products, stage_seconds, update_seconds
 from ebft.policy import HEAD_ROWS
 
 _PROBED = 64  # weights on a side of the matrix whose optimizer state is measured
@@ -169,7 +169,8 @@ def predict(
         device=timed,
     )
     floor |= {stage: floor[stage] * step.updates for stage in ("score", "update")}
-    seconds = {stage: value * OVER_PRODUCTS[stage] for stage, value in floor.items()}
+    beside = over_products(kind.autocast or kind.weights)
+    seconds = {stage: value * beside[stage] for stage, value in floor.items()}
     seconds["update"] += update_seconds(make_optimizer, trained, timed) * step.updates * step.minibatches
     tokens = step.sampled.trunk + step.sampled.columns * step.sampled.horizon * step.rollouts
     return Plan(parts, stages, floor, seconds, tokens, trained, frozen if step.offload else {})

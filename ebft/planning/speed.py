@@ -16,12 +16,19 @@ import torch
 from ebft.planning.memory import Kind, Work
 from ebft.planning.products import Operands, Product, multiply, operations
 
-# Time of a stage over that of its products: SmolLM2-135M in float32, 1024 tokens, two cores of a CPU
-# (benchmarks/results/sampling.md).
-OVER_PRODUCTS = {"sample": 1.35, "embed": 1.35, "score": 1.41, "update": 1.41}
+# Time of a stage over that of its products, SmolLM2-135M on two cores of a CPU: in float32 rows of 1024 tokens
+# (benchmarks/results/sampling.md), in bfloat16, whose products take less, 128 to 512
+# (medians of benchmarks/results/plan.json).
+_SINGLE = {"sample": 1.35, "embed": 1.35, "score": 1.41, "update": 1.41}
+_HALF = {"sample": 2.3, "embed": 2.5, "score": 2.4, "update": 2.8}
 
 _OPERATIONS = {"cpu": 6e10, "cuda": 2e13}  # that one measurement does at most; it is scaled up to what a stage needs
 _WEIGHTS = 2**22  # of the optimizer's probe
+
+
+def over_products(dtype: torch.dtype) -> dict[str, float]:
+    """Stage -> its time over that of its products, where these are made in `dtype`."""
+    return _HALF if dtype.itemsize == 2 else _SINGLE
 
 
 @dataclass(frozen=True)
