@@ -81,11 +81,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             t_interval(list(changes[CROSS_ENTROPY][recipe].values())),
         ]
         singles = [_single(row["cells"].get(seed)) for seed in seeds]
-        lines.append(
-            "| "
-            + " | ".join([recipe, str(row["steps"]), f"{fmean(tokens.values()):.3g}", *map(_interval, parts), *singles])
-            + " |"
-        )
+        cells = [recipe, str(row["steps"]), f"{fmean(tokens.values()):.3g}", *map(_interval, parts), *singles]
+        lines.append("| " + " | ".join(cells) + " |")
     if result["missing"]:
         lines += ["", f"Missing: {', '.join(result['missing'])}."]
     lines += ["", *_machines(result["recipes"])]

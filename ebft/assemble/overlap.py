@@ -14,7 +14,7 @@ from ebft.loops.overlap import overlapped
 
 def overlap_stages(stages: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The stages to train with, those of the host inside of `sample` where --overlap wants them there."""
-    host = [name for name in host_stages(options) if name in stages]
+    host = host_stages(options)
     if options["overlap"] == 1 or not host:
         return dict(stages)
     place, *draw = stages["sample"]

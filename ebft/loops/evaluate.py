@@ -10,12 +10,11 @@ import torch
 from tensordict import TensorDictBase
 
 from ebft import schema
-from ebft.distributed import by_rows, share
 from ebft.loops.clock import Clock
 from ebft.loops.evaluation.quantities import per_unit
 from ebft.loops.evaluation.rollouts import EVALUATION_STEP, embed_at
 from ebft.loops.scoring import score, score_start
-from ebft.loops.stages import Stage, at_step
+from ebft.loops.stages import Stage, at_step, write_by_rows
 from ebft.loops.summary import doubling_horizons, whole_features
 from ebft.objectives.cross_entropy import prediction_mask
 from ebft.objectives.kl import kl_estimate
@@ -86,15 +85,13 @@ def _score(
     """`score`, of several processes each its own rows; of sharded policies one after the other is gathered."""
 
     def gather(network: CausalPolicy, keys: list[Any], measure: Callable[[TensorDictBase], None]) -> None:
-        def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            part = td[share(len(td))].clone(False)
+        def work(part: TensorDictBase) -> TensorDictBase:
+            part = part.clone(False)
             measure(part)
-            return tuple(part[key] for key in keys)
+            return part
 
         with whole(network):
-            found = by_rows(own, td[schema.TOKENS])
-        for key, value in zip(keys, found, strict=True):
-            td[key] = value
+            write_by_rows(td, keys, work)
 
     keys = [schema.POLICY_LOG_PROB, schema.POLICY_TOKEN_LOG_PROB]
     gather(policy, keys, lambda part: score(policy, part, scoring=scoring))

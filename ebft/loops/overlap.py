@@ -13,8 +13,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from ebft import schema
-from ebft.distributed import alone, by_rows, share
-from ebft.loops.stages import Stage
+from ebft.distributed import alone
+from ebft.loops.stages import Stage, write_by_rows
 
 Marked = tuple[TensorDictBase, "torch.cuda.Event | None"]
 
@@ -36,16 +36,13 @@ def overlapped(
     """
     keys = [key for stage in (*draw, *host) for key in stage.out_keys]
 
+    def work(td: TensorDictBase) -> TensorDictBase:
+        with alone():
+            return _in_parts(td, draw, host, parts)
+
     def run(td: TensorDictBase) -> TensorDictBase:
-        td, rows = place(td), share(len(td))
-
-        def own(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with alone():
-                done = _in_parts(td[rows], draw, host, parts)
-            return tuple(done[key] for key in keys)
-
-        for key, value in zip(keys, by_rows(own, td[schema.TOKENS]), strict=True):
-            td[key] = value
+        td = place(td)
+        write_by_rows(td, keys, work)
         return td
 
     return run
