@@ -103,16 +103,25 @@ class CausalPolicy:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, device: str = "auto", dtype: str = "auto", lora: int | None = None, seed: int = 0, **options
+        cls,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        lora: int | None = None,
+        seed: int = 0,
+        frozen: bool = False,
+        **options,
     ) -> CausalPolicy:
         """Load a policy.
 
         Args:
             name: an embedded name (`smollm2-135m`), a folder or a hub id.
             device: `auto`, `cpu`, `cuda`, `cuda:N`.
-            dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; with adapters the frozen
-                weights are kept in bfloat16) or a torch dtype's name for weights and compute.
+            dtype: `auto` (float32 weights, bfloat16 compute where the hardware has it; frozen weights are kept in
+                bfloat16 then) or a torch dtype's name for weights and compute.
             lora: rank of LoRA adapters, None for full fine-tuning; `seed` draws their start.
+            frozen: the policy is not to be trained, and none of its weights takes gradients.
             options: `kernel`, `checkpointing`, `head_rows`, `decode`, `offload_frozen`.
 
         Raises:
@@ -120,8 +129,11 @@ class CausalPolicy:
         """
         chosen = choose_device(device)
         weights, autocast = choose_precision(dtype, chosen)
-        frozen = autocast if lora and autocast else weights
-        model, tokenizer = load_causal_lm(name, weights=frozen, device=chosen)
+        if (lora or frozen) and autocast:
+            weights = autocast
+        model, tokenizer = load_causal_lm(name, weights=weights, device=chosen)
+        if frozen:
+            model.requires_grad_(False)
         if lora:
             model = add_adapters(model, rank=lora, seed=seed, autocast=autocast is not None)
         return cls(model, tokenizer, autocast=autocast, **options)

@@ -75,3 +75,14 @@ def test_flex_takes_what_autocast_computes(name, monkeypatch):
     for ours, theirs, exact in zip(*scores.values(), strict=True):
         assert 1e-3 < (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
     torch._dynamo.reset()
+
+
+def test_weights_that_are_not_trained_are_kept_as_they_are_computed_with(tiny_folder, monkeypatch):
+    monkeypatch.setattr("ebft.loading._has_bfloat16_units", lambda device: True)
+    frozen = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", frozen=True)
+    trained = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu")
+    assert {p.dtype for p in frozen.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trained.model.parameters()} == {torch.float32}
+    assert not frozen.trainable() and trained.trainable()
+    asked = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", dtype="float32", frozen=True)
+    assert {p.dtype for p in asked.model.parameters()} == {torch.float32} and asked.autocast is None

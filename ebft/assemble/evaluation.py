@@ -129,7 +129,11 @@ def prepare(policy: CausalPolicy, name: str, options: Mapping[str, Any], data: D
 def load(name: str, options: Mapping[str, Any]) -> CausalPolicy:
     """A policy to measure: an embedded name, a folder, a hub id or the folder of a run."""
     return CausalPolicy.from_pretrained(
-        policy_folder(name), device=options["device"], dtype=options["dtype"], kernel=options["attention"]
+        policy_folder(name),
+        device=options["device"],
+        dtype=options["dtype"],
+        kernel=options["attention"],
+        frozen=True,
     )
 
 
@@ -232,7 +236,6 @@ def _start(policy: CausalPolicy, name: str, options: Mapping[str, Any]) -> tuple
         found = load(began, {**options, "attention": None})
     except UsageError as error:
         raise UsageError(f"--backbone start: {name} started from {began}, which cannot be loaded: {error}") from error
-    found.model.requires_grad_(False)
     return found, f"hidden states are those of {began}, which {name} started from"
 
 

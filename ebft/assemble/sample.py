@@ -46,7 +46,7 @@ def sample_from_options(options: Mapping[str, Any], *, console: Console) -> None
         raise UsageError(f"--text {options['text']}: no such file")
     document = load_documents(str(options["text"]))[0]
     name = policy_folder(options["policy"])
-    policy = CausalPolicy.from_pretrained(name, device=options["device"], dtype=options["dtype"])
+    policy = CausalPolicy.from_pretrained(name, device=options["device"], dtype=options["dtype"], frozen=True)
     tokens = pack([document], policy.tokenizer, length=options["length"], eos=False)[0].to(policy.device)
     tokens = tokens[schema.TOKENS][tokens[schema.MASK]]
     place, engine = _place_and_engine(

@@ -57,8 +57,8 @@ def tilt_from_options(options: Mapping[str, Any], *, out: Path | None, console: 
     if out.exists():
         open_folder(out, resume=False)  # refused before the work
     data = read_data({**options, "prompt_field": None, "answer_field": None, "tests_field": None, "chat": False})
-    policy = CausalPolicy.from_pretrained(options["policy"], device=options["device"], dtype=options["dtype"])
-    policy.model.requires_grad_(False)
+    precision = {name: options[name] for name in ("device", "dtype")}
+    policy = CausalPolicy.from_pretrained(options["policy"], **precision, frozen=True)
     sample = build_sampler(policy, options, resolved, answers=data.answers)
     embed = as_module(build_features(policy, policy, options, resolved).embed, documents=True)
     train_rows, held_rows = pack_data(

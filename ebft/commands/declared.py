@@ -23,7 +23,12 @@ def of_model(
     lora: Annotated[int, option(MODEL, "Rank of LoRA adapters; 0 trains all weights.")] = 16,
     device: Annotated[str, option(MODEL, "auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        str, option(MODEL, "auto (float32 weights, bfloat16 compute where the hardware has it) or a torch dtype.")
+        str,
+        option(
+            MODEL,
+            "auto (float32 weights, bfloat16 compute where the hardware has it, and for weights that are not trained)"
+            " or a torch dtype.",
+        ),
     ] = "auto",
     attention: Annotated[
         str | None,

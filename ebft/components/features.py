@@ -90,9 +90,7 @@ def _random_network(policy: CausalPolicy) -> CausalPolicy:
 
 def _loaded_network(policy: CausalPolicy, name: str) -> CausalPolicy:
     dtype = "auto" if policy.autocast else str(next(policy.causal_lm.parameters()).dtype).removeprefix("torch.")
-    other = CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype)
-    other.model.requires_grad_(False)
-    return other
+    return CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype, frozen=True)
 
 
 def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> NotedMap:
