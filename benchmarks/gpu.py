@@ -18,8 +18,8 @@ scoring in bfloat16 are apart does: --policy measures the steps of a model with 
 Every piece runs in a process of its own and is saved when it is done. One that fails is saved with what stopped it, and
 the next begins. Started again, it measures what has no result in OUT yet from the same machine and sizes, what failed
 last; results from other machines and sizes stay. It ends after --minutes, and no piece may take more than 9: one that
-was stopped because it began late comes first the next time. With `--device cpu --model tiny` everything that a CPU can
-do runs in a minute.
+was stopped because it began late comes first the next time, and fails if the time is not enough then either. With
+`--device cpu --model tiny` everything that a CPU can do runs in a minute.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def jobs(models: list[str], policies: list[str], pieces: list[str], device: str,
     return card + drawn + [Job(policy, piece, device, sizes, own=True) for policy in policies for piece in own]
 
 
-def attempt(job: Job, limit: float) -> dict[str, Any] | None:
-    """What the piece gave, or what stopped it; None if it was stopped although it might have had more time."""
+def attempt(job: Job, limit: float, *, last: bool) -> dict[str, Any] | None:
+    """What the piece gave, or what stopped it; None if it was stopped and is to have more time, unless it had all."""
     try:
         # None: the system killed it, which it does when memory runs out
         return in_fresh_process(measure, job, limit=limit) or {"error": "the system killed the process"}
     except TimeoutError:
-        return {"error": f"stopped after {limit / 60:g} minutes"} if limit >= PIECE_SECONDS else None
+        return {"error": f"stopped after {limit / 60:g} minutes"} if last else None
     except Exception as error:
         return failure(error)
 
@@ -94,12 +94,15 @@ def main(
     results, console = gpu_results.load(out), Console()
     entry = gpu_results.entry(results, where, sizes)
     start = time.perf_counter()
-    for job in gpu_results.remaining(entry, jobs(models, policies, pieces, device, sizes), again=again):
+    for number, job in enumerate(
+        gpu_results.remaining(entry, jobs(models, policies, pieces, device, sizes), again=again)
+    ):
         left = 60 * minutes - (time.perf_counter() - start)
         done, name = None, f"{job.label or 'the card'}, {job.piece}"
         if left > 0:
             console.log(name)
-            done = attempt(job, min(left, PIECE_SECONDS))
+            # the first has all the time there is: were it not saved as failed, it would come first for ever
+            done = attempt(job, min(left, PIECE_SECONDS), last=not number or left >= PIECE_SECONDS)
         if done is None:
             console.print(f"{minutes:g} minutes are over at {name}: run it again for the rest")
             break

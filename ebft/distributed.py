@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -222,6 +223,28 @@ def check_same(tensors: Iterable[Tensor], count: int, *, what: str) -> None:
         raise UsageError(
             f"{what} are not the same in process {', '.join(different)} as in process 0: all machines have to see the"
             " same files, and run the same versions"
+        )
+
+
+def check_seen(folder: Path) -> None:
+    """Whether every process sees the folder of the first one, and not one of its own machine by the same name.
+
+    Raises:
+        UsageError: some do not.
+    """
+    if size() == 1:
+        return
+    mark = from_first(folder / f".{os.urandom(8).hex()}")
+    if is_first():
+        mark.touch()
+    from_first(None)  # it is there
+    blind = [process for process, seen in enumerate(from_all(mark.exists())) if not seen]
+    if is_first():
+        mark.unlink()
+    if blind:
+        raise UsageError(
+            f"--out {folder}: {len(blind)} of {size()} processes do not see this folder (the first of them is number"
+            f" {blind[0]}). All of them read and write checkpoints there: give a folder that all machines share"
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 
 from ebft.files import write_folder_atomically
+from ebft.sharding import with_parameters
 
 
 def save_causal_lm(model, tokenizer, path: Path) -> None:
@@ -19,7 +19,11 @@ def save_causal_lm(model, tokenizer, path: Path) -> None:
         UsageError: no disk space.
     """
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).to(torch.float32).merge_and_unload()
+        # on a CPU: a float32 copy may be larger than everything that training keeps on the device
+        weights = {
+            name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in model.named_parameters()
+        }
+        model = with_parameters(model, weights).to("cpu", torch.float32).merge_and_unload()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -102,6 +102,8 @@ class StaticDecoder:
         """
         if self._policy.sharded is not None:
             raise UsageError(f"decode {self._mode!r}: the weights of a sharded policy change their places; use 'eager'")
+        if state.layout.horizon == 1:
+            return state  # the first tokens are all, and there is no step to capture
         key = (*state.key(), tuple(settings.items()), eos)
         step: Callable[[], None] = partial(self._step, key, state, settings, eos)
         if self._mode == "graph":

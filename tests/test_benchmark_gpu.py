@@ -291,7 +291,30 @@ def test_time_ends_a_run_and_what_began_late_is_no_failure(tmp_path, monkeypatch
     limits.clear()
     (entry,) = run(tmp_path, piece="step,sft,reference", minutes=5.0)
     assert limits == [300]
-    assert "reference" not in entry["models"]["tiny"]  # which might have done with more
+    assert entry["models"]["tiny"]["reference"] == {"error": "stopped after 5 minutes"}  # it had all there was
+
+
+def test_a_piece_that_always_takes_too_long_does_not_block_the_rest(tmp_path, monkeypatch, bare):
+    now, tried = [0.0], []
+
+    def clock():
+        now[0] += 1  # time passes before the first piece, too
+        return now[0]
+
+    def process(function, job, limit):
+        tried.append(job.piece)
+        if job.piece == "step":
+            now[0] += limit
+            raise TimeoutError
+        return {"value": 1}
+
+    monkeypatch.setattr(gpu.time, "perf_counter", clock)
+    monkeypatch.setattr(gpu, "in_fresh_process", process)
+    for _ in range(2):
+        (entry,) = run(tmp_path, piece="step,sft")
+    assert tried == ["step", "sft", "step"]
+    assert entry["models"]["tiny"]["step"]["error"].startswith("stopped after")
+    assert entry["models"]["tiny"]["sft"] == {"value": 1}
 
 
 def sleep_and_write(path, seconds):

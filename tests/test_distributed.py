@@ -7,18 +7,23 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ebft import distributed
+from ebft.components.features import frozen_network
 from ebft.distributed import by_items, by_rows, check_same, share, started
 from ebft.errors import UsageError
 from ebft.loading import choose_device
 from ebft.loops.interrupt import stop_requests
+from ebft.policy import CausalPolicy
 from tests.processes import COUNTS, COUNTS_OF, HALVES, LOST, ROOT, check_halves, close, left_by
 from tests.runs import go, metrics
 
@@ -319,3 +324,26 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr("ebft.loading.local_number", lambda: 3)
     with pytest.raises(UsageError, match="only 2 CUDA devices, and this asks for number 3"):
         choose_device("auto")
+
+
+@pytest.mark.parametrize(("processes", "wanted"), [(1, "cuda:1"), (4, "cuda")])
+def test_a_backbone_goes_where_the_policy_of_its_process_is(monkeypatch, processes, wanted):
+    asked = []
+    monkeypatch.setattr("ebft.components.features.size", lambda: processes)
+    monkeypatch.setattr(CausalPolicy, "from_pretrained", lambda name, **options: asked.append(options["device"]))
+    policy = SimpleNamespace(autocast=torch.bfloat16, device=torch.device("cuda:1"), offload_frozen=False)
+    with suppress(AttributeError):  # there is no network
+        frozen_network(policy, policy, "another")
+    assert asked == [wanted]
+
+
+def test_every_process_must_see_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "from_first", lambda value: value)
+    monkeypatch.setattr(distributed, "from_all", lambda value: [value, value, seen])
+    seen = True
+    distributed.check_seen(tmp_path)
+    seen = False
+    with pytest.raises(UsageError, match=rf"--out {tmp_path}: 1 of 3 processes do not see .* number 2\)"):
+        distributed.check_seen(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from ebft.features.hidden import hidden
 from ebft.policy import CausalPolicy
@@ -83,6 +84,20 @@ def test_a_gpu_draws_scores_and_embeds_what_a_cpu_does(name):
         ]
         for left, right in zip(*features, strict=True):
             torch.testing.assert_close(left.cpu(), right, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_of_one_size_compile_flex_once(checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    policy, graphs = on_gpu(kernel="flex", checkpointing=checkpointing), []
+    for seed in range(5):
+        given = moved(comb(seed=seed))
+        log_prob, own = policy.score(*given)[:2]
+        (log_prob.sum() + own.sum()).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == [graphs[0]] * 4
+    assert graphs[0] <= 2  # with checkpointing the forward pass before it has no gradient
 
 
 # ---- sampling

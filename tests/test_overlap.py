@@ -190,6 +190,12 @@ def test_texts_and_verifiers_may_overlap(options):
         assert resolve_run({**options, **chosen, "overlap": 2})["features"]
 
 
+def test_parts_are_planned_of_the_share_of_a_process(tiny_folder, tiny_text):
+    given = tiny_options(tiny_folder, tiny_text) | {"features": "sbert", "batch": 8, "overlap": 4}
+    with pytest.raises(UsageError, match="--overlap 4: a batch of 8 of which each of 4 processes has 2"):
+        plan_from_options(given, processes=4, console=Console(file=io.StringIO()))
+
+
 def test_less_is_planned_for_what_is_drawn_at_once(tiny_folder, tiny_text):
     given = tiny_options(tiny_folder, tiny_text) | {"features": "sbert", "batch": 8, "held_out": 2, "kl": 0.0}
     silent = Console(file=io.StringIO())

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -125,11 +126,14 @@ def test_times_are_those_of_the_products_that_the_stages_do(monkeypatch):
     monkeypatch.setattr(Device, "products", products)
     layer, head = [torch.zeros(2, 3, requires_grad=True)], torch.zeros(5, 3, requires_grad=True)
     work = Work(rows=2, length=10, count=3, rollouts=4, horizon=5)
-    parts = {"layers": 7, "depth": 0.5, "sampled": work, "scored": work, "device": Device(torch.device("cpu"))}
+    parts = {
+        **{"layers": 7, "embedder": [layer[0][:1]], "embedded": 3},
+        **{"sampled": work, "scored": work, "device": Device(torch.device("cpu"))},
+    }
     found = stage_seconds(layer, head, kind=FULL, parts=2, reference=True, **parts)
     body, teeth = 7 * 6, 2 * 3 * 4
     assert found["sample"] == body * (20 + 4 * teeth) + 15 * (6 + 4 * teeth)
-    assert found["embed"] == body / 2 * (20 + 5 * teeth)
+    assert found["embed"] == 3 * 3 * (20 + 5 * teeth)
     read = 20 + 4 * teeth + 6
     assert found["score"] == 2 * 2 * (body * (20 + 4 * teeth) + 15 * read)  # the policy's and the reference's
     assert found["update"] == 2 * (2 * body * (20 + 4 * teeth) + 3 * 15 * read)
@@ -185,6 +189,27 @@ def test_the_command_prints_a_plan(options):
     adapters = plan_from_options({**chosen, "lora": 2}, processes=1, console=console)
     assert adapters.parts["frozen copy"] == 0
     assert adapters.parts["optimizer"] < plan.parts["optimizer"] / 2
+
+
+def test_a_backbone_is_planned_by_its_own_architecture(options, tmp_path):
+    """One of twice the layers and width, of which the last runs: four times the layers of a half of the policy's."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(options["policy"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    larger = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": config["vocab_size"] + 1, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps({**config, **larger}))
+    console = Console(file=io.StringIO(), width=100)
+    chosen = {**options, "features": "hidden", "dtype": "float32"}
+    own, other = (
+        plan_from_options({**chosen, "backbone": name, "layers": layers}, processes=1, console=console)
+        for name, layers in ((options["policy"], "2"), (str(folder), "4"))
+    )
+    assert other.parts["feature backbone"] > own.parts["feature backbone"]
+    assert other.stages["embed"] > 1.5 * own.stages["embed"]
+    assert other.stages["score"] == own.stages["score"]
+    assert f"--backbone {folder} has another vocabulary" in " ".join(console.file.getvalue().split())
+    with pytest.raises(UsageError, match="4"):
+        plan_from_options({**chosen, "layers": "4"}, processes=1, console=console)
 
 
 def test_processes_that_share_hold_less(options):

@@ -215,6 +215,24 @@ def test_a_lora_run_on_ngrams_leaves_merged_weights(options, tiny_folder, tmp_pa
     assert not torch.allclose(plain_logits(start, context), expected, atol=1e-3)
 
 
+def test_merging_copies_no_weight_where_the_policy_is(tiny_folder, tmp_path, monkeypatch):
+    policy = CausalPolicy.from_pretrained(str(tiny_folder), device="cpu", dtype="float32", lora=2)
+    before = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+
+    def refuse(self, memo):
+        raise AssertionError("a copy on the policy's device")
+
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+    with torch.no_grad():
+        for name, weight in policy.trainable().items():
+            weight += 0.1
+            before[name] = weight.detach().clone()
+    policy.save_pretrained(tmp_path / "policy")
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    assert not any("lora" in name for name in load_file(tmp_path / "policy" / "model.safetensors"))
+
+
 def test_adapters_on_weights_of_pure_bfloat16(options, tmp_path):
     """No autocast: frozen weights compute in the dtype they have, adapters are float32."""
     out, chosen = tmp_path / "half", {"dtype": "bfloat16", "lora": 2, "features": "hidden", "kl": 0.1, "lr": 0.05}

@@ -204,6 +204,7 @@ def test_a_captured_step_serves_batches_of_its_shapes(monkeypatch, captured):
     monkeypatch.setattr(static_decode, "_CAPTURED", 4)
     for rollouts in (1, 2, 4, 1, 5, 6, 1):
         policy.sample(*batch(), rollouts=rollouts, horizon=3, seed=0)
+    policy.sample(*batch(), rollouts=1, horizon=1, seed=0)  # there is no step
     assert policy.static.graphs == 6  # that of one rollout is still there: others were used longer ago
     assert len(policy.static._captured) == 4
 

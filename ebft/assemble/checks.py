@@ -15,6 +15,7 @@ from ebft.assemble.reward import check_reward_options
 from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
 from ebft.components.objectives import OBJECTIVES, objective_parts
+from ebft.distributed import started
 from ebft.errors import UsageError
 
 GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg", "optimizer", "lr_schedule")
@@ -85,11 +86,14 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def resolve_run(options: Mapping[str, Any], *, gradient: bool = True) -> dict[str, dict[str, Any]]:
+def resolve_run(
+    options: Mapping[str, Any], *, gradient: bool = True, processes: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Check the options of a run and give those of its components, by group, defaults filled in.
 
     Args:
         gradient: whether the policy is scored with gradient.
+        processes: how many run; None: as many as `torchrun` started.
 
     Raises:
         UsageError: as `settle`, `check_options` and `ebft.components.resolve_options`.
@@ -111,7 +115,7 @@ def resolve_run(options: Mapping[str, Any], *, gradient: bool = True) -> dict[st
         if not answers["pg_weight"]:
             raise UsageError("--answer-weight 0 leaves whole answers out: use --method ebft")
         check_loss_options(answers)
-    check_overlap(*objectives_of(settled))
+    check_overlap(*objectives_of(settled), processes=started() if processes is None else processes)
     settled["steps"] = settled["steps"] or 1  # of epochs that nobody can count yet
     check_optimizer_options(settled, resolved)
     return resolved

@@ -7,7 +7,6 @@ from typing import Any
 
 from ebft.assemble.loss import trains_on_rollouts
 from ebft.components.objectives import VERIFIER, objective_parts
-from ebft.distributed import started
 from ebft.errors import UsageError
 from ebft.loops.overlap import overlapped
 
@@ -33,7 +32,7 @@ def overlaps(*pipelines: Mapping[str, Any]) -> bool:
     return any(trains_on_rollouts(each) and host_stages(each) for each in pipelines)
 
 
-def check_overlap(*pipelines: Mapping[str, Any]) -> None:
+def check_overlap(*pipelines: Mapping[str, Any], processes: int) -> None:
     """Check that --overlap has something to overlap, in one of the objectives, by their settled options.
 
     Raises:
@@ -42,11 +41,11 @@ def check_overlap(*pipelines: Mapping[str, Any]) -> None:
     options, parts = pipelines[0], pipelines[0]["overlap"]
     if parts == 1:
         return
-    rows = -(-options["batch"] // started())
+    rows = -(-options["batch"] // processes)
     if options["shard"]:
         raise UsageError(f"--overlap {parts} with --shard: a gathered policy draws a batch at once. Leave one out")
     if parts > rows:
-        share = "" if started() == 1 else f" of which each of {started()} processes has {rows}"
+        share = "" if processes == 1 else f" of which each of {processes} processes has {rows}"
         raise UsageError(f"--overlap {parts}: a batch of {options['batch']}{share} has no more parts than sequences")
     if not overlaps(*pipelines):
         raise UsageError(

@@ -35,7 +35,7 @@ def plan_from_options(options: Mapping[str, Any], *, processes: int, console: Co
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected a whole number >= 1")
-    resolved, settled = resolve_run(options), settle(options)
+    resolved, settled = resolve_run(options, processes=processes), settle(options)
     if settled["attention"] in ("dense", "rows"):
         raise UsageError(f"--attention {settled['attention']}: its memory is not planned for; chunked and flex are")
     if settled["method"] not in ("ebft", "sft"):
@@ -86,12 +86,12 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
     share = -(-options["batch"] // processes)
     of_update = -(-(options["batch"] // options["minibatches"]) // processes)
     at_once = min(options["micro_batch"] or of_update, of_update)
-    text = config.get_text_config()
+    network, backbone = (config, kind), 0.0
     layers: tuple[int, ...] = ()
-    backbone = 0.0
     if options["features"] == "hidden":
-        backbone = _backbone_bytes(resolved["features"]["backbone"], config, kind)
-        layers = layer_numbers(parse_layers(resolved["features"]["layers"]), text.num_hidden_layers)
+        network, backbone = _backbone(resolved["features"]["backbone"], config, kind)
+        layers = layer_numbers(parse_layers(resolved["features"]["layers"]), _depth(network[0]))
+    wide = network[0].get_text_config().hidden_size
     return Step(
         sampled=work(share),
         drawn=work(-(-share // options["overlap"])),
@@ -101,24 +101,30 @@ def _step(config: Any, kind: Kind, options: Mapping[str, Any], resolved: Mapping
         updates=options["updates"],
         minibatches=options["minibatches"],
         rollouts=options["method"] != "sft",
-        depth=max(layers, default=0) / text.num_hidden_layers,
-        taps=len(layers) * text.hidden_size * (kind.autocast or kind.weights).itemsize,
+        depth=max(layers, default=0) / _depth(network[0]),
+        taps=len(layers) * wide * (kind.autocast or kind.weights).itemsize,
         reference=bool(options["kl"]),
         average=options["ema"] is not None,
         backbone=backbone,
+        network=None if network[0] is config else network,
         captured=options["decode"] == "graph",
         offload=options["offload_reference"],
     )
 
 
-def _backbone_bytes(name: str, config: Any, kind: Kind) -> float:
-    """Of a feature backbone besides the start."""
+def _backbone(name: str, config: Any, kind: Kind) -> tuple[tuple[Any, Kind], float]:
+    """The architecture and kind of the network that features are states of, and its bytes besides the policy's."""
     if name == "start":
-        return 0.0
+        return (config, kind), 0.0
     if name == "random":
-        return count_weights(config, kind)[0] * kind.weights.itemsize
-    itemsize = 4 if kind.autocast else kind.weights.itemsize
-    return count_weights(_config(name), Kind(kind.weights))[0] * itemsize
+        return (config, kind), count_weights(config, kind)[0] * kind.weights.itemsize
+    named = _config(name)
+    own = Kind(kind.autocast or kind.weights, kind.autocast, kernel=kind.kernel)
+    return (named, own), count_weights(named, own)[0] * own.weights.itemsize
+
+
+def _depth(config: Any) -> int:
+    return config.get_text_config().num_hidden_layers
 
 
 def _resident() -> int:
@@ -168,6 +174,13 @@ def _print(
     console.print(speed)
     if options["features"] not in ("hidden", "ngram", "match") and options["method"] != "sft":
         console.print(f"features {options['features']}: the encoder's own time and memory are not in it")
+    named = options["backbone"] not in (None, "start", "random") and options["features"] == "hidden"
+    if named and _config(options["backbone"]).vocab_size != _config(options["policy"]).vocab_size:
+        console.print(
+            f"--backbone {options['backbone']} has another vocabulary: it re-tokenises, and reads each prefix again"
+            " with every rollout, which takes more time and memory than is planned here for embedding",
+            highlight=False,
+        )
     dtype = kind.autocast or kind.weights
     name = str(dtype).removeprefix("torch.")
     console.print(

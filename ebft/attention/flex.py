@@ -36,16 +36,26 @@ def flex_masks(
     def visible(row, head, query, key):
         return padded.visible(query, key, row=row, window=window)
 
-    return create_block_mask(visible, layout.batch, None, size, size, device=layout.anchors.device, BLOCK_SIZE=block)
+    def mask_of(number: int) -> BlockMask:
+        def visible_there(row, head, query, key):
+            return visible(row + number, head, query, key)
+
+        return create_block_mask(visible_there, 1, None, size, size, device=layout.anchors.device, BLOCK_SIZE=block)
+
+    # a row at a time: torch fills in all of its [S,S] before it looks at the blocks
+    rows = [mask_of(number) for number in range(layout.batch)]
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    blocks = [torch.cat([getattr(row, name) for row in rows]) for name in names]
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(size, size))
 
 
 def flex_pass(layout, mask: BlockMask, query, key, value, rule: ScoreRule) -> torch.Tensor:
     """Attention of query [B,H,S,E] over key and value [B,J,S,E].
 
     Raises:
-        UsageError: a gradient is wanted on a device other than a GPU, where FlexAttention has none.
-        torch._dynamo.exc.FailOnRecompileLimitHit: there are more than `_GRAPHS` sizes; or another of torch's errors,
-            the compiler gave up. Otherwise the same would be computed in silence by what holds all of [S,S] at once.
+        UsageError: a gradient is wanted on a device other than a GPU, where FlexAttention has none; or there are more
+            than `_GRAPHS` sizes. Where the compiler gives up torch's own error stands. Otherwise the same would be
+            computed in silence by what holds all of [S,S] at once.
     """
     on_gpu = query.device.type == "cuda"
     if not on_gpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
@@ -61,17 +71,23 @@ def flex_pass(layout, mask: BlockMask, query, key, value, rule: ScoreRule) -> to
     size = query.shape[2]
     query, key, value = (pad(x, (0, 0, 0, mask.seq_lengths[0] - size)) for x in (query, key, value))
     attend = _compiled() if on_gpu else flex_attention
-    with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
-        out, extra = attend(
-            query,
-            key,
-            value,
-            score_mod=None if cap is None else capped,
-            block_mask=mask,
-            scale=rule.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            out, extra = attend(
+                query,
+                key,
+                value,
+                score_mod=None if cap is None else capped,
+                block_mask=mask,
+                scale=rule.scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+                return_aux=AuxRequest(lse=True),
+            )
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UsageError(
+            f"attention kernel 'flex': {tuple(query.shape)} would have it compiled for more than {_GRAPHS} shapes."
+            " Use 'chunked', or rows of fewer lengths and numbers"
+        ) from error
     out, lse = out[:, :, :size], extra.lse[:, :, :size]
     if rule.sinks is None:
         return out

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ebft.components.component import Component
+from ebft.distributed import size
 from ebft.errors import UsageError
 from ebft.features.contract import FeatureMap
 from ebft.policy import CausalPolicy
@@ -90,7 +91,9 @@ def _random_network(policy: CausalPolicy) -> CausalPolicy:
 
 def _loaded_network(policy: CausalPolicy, name: str) -> CausalPolicy:
     dtype = "auto" if policy.autocast else str(next(policy.causal_lm.parameters()).dtype).removeprefix("torch.")
-    return CausalPolicy.from_pretrained(name, device=str(policy.device), dtype=dtype, frozen=True)
+    # of several processes each has its GPU by now, and none may name one
+    device = str(policy.device) if size() == 1 else policy.device.type
+    return CausalPolicy.from_pretrained(name, device=device, dtype=dtype, frozen=True)
 
 
 def _ngram(policy: CausalPolicy, reference: CausalPolicy, *, ngram: int, dimension: int) -> NotedMap:

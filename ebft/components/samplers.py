@@ -11,6 +11,7 @@ from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
 from ebft.samplers import anchors, full, independent, snapshot
 from ebft.samplers.component import Engine, Place
+from ebft.sharding import whole
 
 
 def _strided(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
@@ -37,7 +38,9 @@ def _independent(policy: CausalPolicy, *, horizon: int, stride: int, first: int)
 
 def _snapshot(policy: CausalPolicy, *, horizon: int, stride: int, first: int) -> tuple[Place, Engine]:
     place = partial(anchors.strided, stride=stride, first=first, horizon=horizon)
-    return place, partial(snapshot.sample, snapshot.cache_reader(policy))
+    with whole(policy):
+        reader = snapshot.cache_reader(policy)
+    return place, partial(snapshot.sample, reader)
 
 
 def _full(policy: CausalPolicy, *, horizon: int) -> tuple[Place, Engine]:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tensordict import TensorDictBase
 
-from ebft.distributed import ProcessLost, check_same, from_first, is_first, lost_processes
+from ebft.distributed import ProcessLost, check_same, check_seen, from_first, is_first, lost_processes
 from ebft.errors import UsageError
 from ebft.files import clean_up, clear_disk_errors, exclusive, left_overs, make_folder, write_json
 from ebft.loops import checkpoint
@@ -100,7 +100,7 @@ def run(
 
     Raises:
         NonFiniteLoss: training stopped; the checkpoints are those of before.
-        UsageError: another process runs in `out`.
+        UsageError: another process runs in `out`; or one of those that run together does not see it.
         Interrupted: Ctrl-C; the last finished step is saved, `--resume` goes on.
         ProcessLost: another process ended.
     """
@@ -116,6 +116,7 @@ def run(
     saved: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "stateful": states}
     on = {"data": held_out, "batch_size": eval_batch, "seed": seed, "scoring": scoring}
     with exclusive(out) if first else nullcontext(), stop_requests() as stop:
+        check_seen(out)
         if first:
             clean_up(out)
             clean_up(checkpoints)

@@ -80,6 +80,7 @@ class Step:
         captured: whether the steps of sampling are CUDA graphs, which keep their keys and values.
         offload: whether frozen networks lie in CPU memory while they are not used.
         drawn: what it samples at once, if not all.
+        network: architecture and kind of the network that the feature map runs; None: the policy's.
     """
 
     sampled: Work
@@ -97,6 +98,7 @@ class Step:
     captured: bool = False
     offload: bool = False
     drawn: Work | None = None
+    network: tuple[Any, Kind] | None = None
 
 
 def predict(
@@ -128,7 +130,12 @@ def predict(
     }
     rates = measure_rates(config, kind)
     wide, widest_drawn = (max(work, step.measured, key=lambda work: work.rows) for work in (step.sampled, drawn))
-    embed = rates["embed"].at(text.num_hidden_layers, wide.trunk, wide.teeth("embed")) if step.depth else 0.0
+    network, network_kind = step.network or (config, kind)
+    network_layers = network.get_text_config().num_hidden_layers
+    embed = 0.0
+    if step.depth:
+        embedding_rates = measure_rates(network, network_kind) if step.network else rates
+        embed = embedding_rates["embed"].at(network_layers, wide.trunk, wide.teeth("embed"))
     scored = step.scored if step.rollouts else Work(step.scored.rows, step.scored.length, 0, 0, 1)
     visiting = frozen if step.offload else dict.fromkeys(frozen, 0.0)
     embedding = (visiting["feature backbone"] or visiting["frozen copy"]) * bool(step.depth)
@@ -156,11 +163,13 @@ def predict(
         stages["update"] /= sharers
     timed = Device(device)
     layer, head = linear_weights(config, kind, device)
+    embedder = linear_weights(network, network_kind, device)[0] if step.network else layer
     floor = stage_seconds(
         layer,
         head,
         layers=text.num_hidden_layers,
-        depth=step.depth,
+        embedder=embedder,
+        embedded=step.depth * network_layers,
         kind=kind,
         sampled=step.sampled if step.rollouts else None,
         scored=step.scored,

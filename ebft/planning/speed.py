@@ -84,7 +84,8 @@ def stage_seconds(
     head: torch.Tensor,
     *,
     layers: int,
-    depth: float,
+    embedder: Sequence[torch.Tensor],
+    embedded: float,
     kind: Kind,
     sampled: Work | None,
     scored: Work,
@@ -98,7 +99,8 @@ def stage_seconds(
         layer: weights of the linear layers of one decoder layer, in the compute dtype, `requires_grad` as trained.
         head: [V,H], likewise.
         layers: how many such layers.
-        depth: share of the layers that the feature map runs; 0 if it runs none.
+        embedder: weights like `layer`, of the network that the feature map runs.
+        embedded: how many such layers it runs.
         sampled: what is sampled and embedded at once; None without rollouts.
         scored: what is scored at once, `parts` times.
         reference: whether the frozen start scores too.
@@ -109,7 +111,8 @@ def stage_seconds(
         found["sample"] = layers * device.products(layer, sampled.trunk) + device.products([head], first)
         step = layers * device.products(layer, sampled.columns) + device.products([head], sampled.columns)
         found["sample"] += (sampled.horizon - 1) * step
-        found["embed"] = depth * layers * device.products(layer, sampled.trunk + sampled.teeth("embed")) if depth else 0
+        tokens = sampled.trunk + sampled.teeth("embed")
+        found["embed"] = embedded * device.products(embedder, tokens) if embedded else 0
     teeth = 0 if sampled is None else scored.teeth("score")
     tokens, read = scored.trunk + teeth, scored.trunk + teeth + (0 if sampled is None else scored.rows * scored.count)
     forward, logits = layers * device.products(layer, tokens), device.products([head], read)
