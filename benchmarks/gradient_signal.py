@@ -1,10 +1,11 @@
 """Signal of the gradient: every lever in one table, and those with one expected gradient against each other.
 
-    python benchmarks/gradient_signal.py OUT [BATCHES]
+    python benchmarks/gradient_signal.py OUT [BATCHES] [levers|features]
 
 measures smollm2-135m on the standard library's source (2 sequences of 128 tokens in a batch, 15 anchors each, rollouts
 of 8 tokens; gradients of rank-8 adapters of the last four layers) with `cli.py signal` in OUT, which goes on where it
 was stopped, and writes signal.json, signal.md and signal.png into OUT. Copy them to benchmarks/results to keep them.
+`levers` has everything that can be turned, `features` few rewards and many batches.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebft.files import write_atomically, write_json
@@ -22,7 +24,26 @@ from ebft.loops.signal.store import GradientStore
 ROOT = Path(__file__).parents[1]
 PARAMETERS = r"layers\.(26|27|28|29)\..*lora_B"  # those of lora_A have no gradient at the start
 HIDDEN, TOKENS = "features=hidden", "pooling=none credit=reward_to_go"
-CONFIGURATIONS = {
+
+
+@dataclass(frozen=True)
+class Table:
+    """One measurement.
+
+    Attributes:
+        configurations: name -> parts and options; the estimator is (94) where none is said.
+        families: names with one expected gradient, the first the one that others are measured against.
+        reference: whose mean gradient cosines refer to.
+        replicates: how often the rollouts of a batch are drawn.
+    """
+
+    configurations: dict[str, str]
+    families: tuple[tuple[str, ...], ...]
+    reference: str
+    replicates: int
+
+
+_LEVERS = {
     "paper": f"{HIDDEN} whitening=group alignment=cosine",
     "dot": HIDDEN,
     "dot, no baseline": f"{HIDDEN} estimator=none",
@@ -48,8 +69,7 @@ CONFIGURATIONS = {
     "common prefix, by token, ridge": f"features=match {TOKENS} token_baseline=ridge",
     "hidden and equal tokens": "features=join:hidden+match match=position",
 }
-# Configurations with one expected gradient, the first the one that others are measured against.
-FAMILIES = (
+_FAMILIES_OF_LEVERS = (
     ("dot", "dot, no baseline", "dot, tuned baseline", "dot, last horizon, ridge", "dot, 8 rollouts",
      "dot, 8 rollouts, 4 branches"),
     ("alignment", "alignment, 4 branches", "alignment, 4 distinct"),
@@ -57,22 +77,52 @@ FAMILIES = (
     ("equal tokens, alignment", "equal tokens, alignment, 4 branches"),
     ("common prefix, by token", "common prefix, by token, ridge"),
 )  # fmt: skip
+_PAPER = "whitening=group alignment=cosine"
+_FEATURES = {
+    "dot": HIDDEN,
+    "dot, 32 rollouts": f"{HIDDEN} rollouts=32",
+    "dot, tuned baseline": f"{HIDDEN} estimator=rloo_tuned",
+    "paper": f"{HIDDEN} {_PAPER}",
+    "paper, temperature 0.6": f"{HIDDEN} {_PAPER} temperature=0.6",
+    "mean": f"{HIDDEN} pooling=mean",
+    "mean, group": f"{HIDDEN} pooling=mean {_PAPER}",
+    "random weights": f"{HIDDEN} backbone=random",
+    "sbert": "features=sbert",
+    "sbert, tuned baseline": "features=sbert estimator=rloo_tuned",
+    "sbert, 16 context tokens, group": f"features=sbert context_tokens=16 {_PAPER}",
+    "1-grams": "features=ngram ngram=1",
+    "1-grams, sample": "features=ngram ngram=1 whitening=sample alignment=cosine",
+    "4-grams": "features=ngram ngram=4",
+    "common prefix, by token": f"features=match {TOKENS}",
+    "common prefix, by token, ridge": f"features=match {TOKENS} token_baseline=ridge",
+    "defaults of run": "features=sbert estimator=rloo_tuned stride=16 first=16",
+}
+_FAMILIES_OF_FEATURES = (
+    ("dot", "dot, tuned baseline", "dot, 32 rollouts"),
+    ("sbert", "sbert, tuned baseline"),
+    ("common prefix, by token", "common prefix, by token, ridge"),
+)
+TABLES = {
+    "levers": Table(_LEVERS, _FAMILIES_OF_LEVERS, reference="paper", replicates=2),
+    "features": Table(_FEATURES, _FAMILIES_OF_FEATURES, reference="dot, 32 rollouts", replicates=4),
+}
 
 
-def command(out: Path, batches: int) -> list[str]:
+def command(out: Path, batches: int, table: Table) -> list[str]:
     """The measurement as a command line."""
     options = {
-        "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS, "reference": "paper",
+        "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS,
+        "reference": table.reference, "replicates": str(table.replicates),
         "set": "stride=8 first=8 horizon=8 rollouts=4", "dtype": "float32",
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    for name, text in CONFIGURATIONS.items():
+    for name, text in table.configurations.items():
         own = "" if "estimator" in text or "first_token" in text else " estimator=rloo"
         arguments += ["--config", f"{name}: {text}{own}"]
     return [sys.executable, str(ROOT / "cli.py"), "signal", *arguments]
 
 
-def families(out: Path, result: dict) -> tuple[dict, str]:
+def families(out: Path, result: dict, table: Table) -> tuple[dict, str]:
     """Noise of rollouts over that of the first of each family: JSON and Markdown."""
     names = list(result["rows"])
     shape = (len(names), result["replicates"], result["weights"])
@@ -82,7 +132,7 @@ def families(out: Path, result: dict) -> tuple[dict, str]:
         {},
         ["| against | configuration | noise of rollouts, ratio | token-forwards, ratio |", "|---|---|---:|---:|"],
     )
-    for base, *others in FAMILIES:
+    for base, *others in table.families:
         rows = judge(gram, names, store.cost, reference=base)["rows"]
         for name in others:
             cost = rows[name]["token_forwards"] / rows[base]["token_forwards"]
@@ -91,10 +141,10 @@ def families(out: Path, result: dict) -> tuple[dict, str]:
     return found, "\n".join(lines)
 
 
-def main(out: Path, batches: int) -> None:
-    subprocess.run(command(out, batches), check=True)
+def main(out: Path, batches: int, table: Table) -> None:
+    subprocess.run(command(out, batches, table), check=True)
     result = json.loads((out / "signal.json").read_text())
-    found, text = families(out, result)
+    found, text = families(out, result, table)
     write_json(out / "signal.json", {**result, "families": found})
     table = (out / "signal.md").read_text().partition("\n\n## ")[0].rstrip()
     note = "## Configurations with the same expected gradient\n\nBelow 1: less noise. ± 95 % jackknife intervals."
@@ -103,6 +153,7 @@ def main(out: Path, batches: int) -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
+    if not 2 <= len(sys.argv) <= 4 or sys.argv[3:4] not in ([], *([name] for name in TABLES)):
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 12)
+    given = [*sys.argv[2:], *("12", "levers")[len(sys.argv) - 2 :]]
+    main(Path(sys.argv[1]), int(given[0]), TABLES[given[1]])

@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from ebft.loops.ablation.intervals import Interval, p_value
 from ebft.loops.ablation.study import time_left
+from ebft.loops.ablation.tables import with_error
 from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.result import mean_differences, paired_differences
+from ebft.loops.study import tables
 from ebft.loops.study.differences import Difference
-from ebft.loops.study.measured import Column
+from ebft.loops.study.measured import Column, Found
+from ebft.loops.study.plots import training_png
 
 
 def test_the_time_left_knows_what_takes_long():
@@ -33,6 +37,29 @@ def test_the_mean_of_paired_differences():
     both, _ = mean_differences([(totals[0], totals[1]), (totals[2], totals[3])], replicates=200, method="percentile")
     for end in ("value", "low", "high", "standard_error"):
         assert both[end] == pytest.approx(same[end], rel=1e-9)
+
+
+def test_policies_that_did_not_move_have_no_p_value():
+    column = Column("pass@1", Quantity("pass_at_k", at=1), "prompts", "higher")
+    for half_width, said in ((1e-18, False), (0.001, True)):
+        one = Difference("rlvr", "base", column, Interval(-0.0018, half_width, 3), 0.0, -0.1, 0.1)
+        assert ("(p 0)" in tables._difference(one)) is said
+    assert with_error(2.906, 1.351e-15) == with_error(2.906, 0.0) == "2.906 ± 0"
+    assert with_error(2.906, 0.001) != "2.906 ± 0"
+
+
+def test_what_is_measured_on_other_texts_is_drawn_apart(monkeypatch):
+    drawn, draw = {}, Axes.errorbar
+
+    def errorbar(axes, *args, label, **style):
+        drawn[label] = style.get("linestyle")
+        return draw(axes, *args, label=label, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    curve = {"cross_entropy": [(0.0, 2.0), (8.0, 1.0)]}
+    found = Found({}, {}, {}, {}, {"sft": {0: curve}, "rlvr": {0: curve}})
+    assert training_png(found, level=0.95, title="x").startswith(b"\x89PNG")
+    assert drawn == {"SFT": None, "RLVR (of answers alone)": "--"}
 
 
 @pytest.mark.parametrize(

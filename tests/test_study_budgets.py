@@ -1,10 +1,14 @@
 """What a study runs, by budget and task, before anything does."""
 
+import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from ebft.assemble import study_cells
 from ebft.assemble.ablate import check_cell
+from ebft.assemble.evaluation import settle_options
 from ebft.assemble.study_arms import (
     TASKS,
     Task,
@@ -57,6 +61,29 @@ def test_where_answers_end_applies_where_some_are_drawn():
     assert resolve(answers=True)
     with pytest.raises(UsageError, match=r"--stop \['\\n'\] applies to no arm"):
         resolve(answers=False)
+
+
+def test_answers_end_where_the_study_says_and_not_where_those_of_a_run_did(tmp_path, monkeypatch):
+    """RLVR may have been trained with other ends, or with none."""
+    measured = {}
+    monkeypatch.setattr(
+        study_cells, "evaluate_from_options", lambda options, *, explicit, **rest: measured.update(options, on=explicit)
+    )
+    folder = tmp_path / "run"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "policy" / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"options": {"stop": [], "length": 64}}))
+    chosen = read_budget("paper", "qa-code")
+    settings = settle_settings(chosen, {}, where="paper", verifier="unit_tests")
+    shared = shared_options(chosen, task=TASKS["qa-code"], flags={}, defaults=run_defaults())
+    options = evaluation_options(
+        settings, shared, task=TASKS["qa-code"], answers=True, defaults=evaluate_defaults(), bootstrap=50, level=0.95
+    )
+    cell = study_cells.Testing("Base, test", options, tmp_path / "test", "test", arm="base")
+    study_cells.begin_cell(SimpleNamespace(base=str(folder)), cell, False, None)
+    settled = settle_options(measured, measured["on"], policy=str(folder))
+    assert settled["stop"] == options["stop"] == list(shared["stop"]) != []
+    assert settled["length"] == options["length"] != 64
 
 
 @pytest.mark.parametrize("name", budget_names())

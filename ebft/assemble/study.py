@@ -159,6 +159,7 @@ def _prepare(
         "options": arms,
         "evaluation": measuring,
         "answers": data.answers,
+        "texts": {"training": len(data.train), "held_out": len(data.held_out)},
         "examples_in_a_row": in_a_row,
         "seeds": list(seeds),
     }

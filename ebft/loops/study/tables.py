@@ -164,7 +164,7 @@ def _difference(one: Difference | None) -> str:
         return ""
     text = with_error(one.seeds.mean, one.seeds.half_width, sign=True)
     text = f"**{text}**" if one.decided else text
-    return text if math.isnan(one.p) else f"{text} (p {one.p:.2g})"
+    return text if math.isnan(one.p) or not one.varied else f"{text} (p {one.p:.2g})"
 
 
 def _rate(found: Found, arm: str) -> str:
