@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,8 @@ def save_causal_lm(model, tokenizer, path: Path) -> None:
         weights = {
             name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in model.named_parameters()
         }
-        model = with_parameters(model, weights).to("cpu", torch.float32).merge_and_unload()
+        whole: Any = with_parameters(model, weights)
+        model = whole.to("cpu", torch.float32).merge_and_unload()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -195,4 +195,4 @@ def test_the_real_command_on_a_tiny_model(tiny_folder, tiny_text, tmp_path, monk
     assert all(row["noise"]["value"] > 0 for row in found.values())
     assert found["dot, tuned baseline / dot"]["cost"] == 1
     assert 1 < found["dot, 8 rollouts / dot"]["cost"] < 2
-    assert (out / "signal.md").read_text().count("\n| dot |") == 3
+    assert (out / "signal.md").read_text().count("\n| dot |") == 4

@@ -45,8 +45,10 @@ def flex_masks(
     # a row at a time: torch fills in all of its [S,S] before it looks at the blocks
     rows = [mask_of(number) for number in range(layout.batch)]
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    blocks = [torch.cat([getattr(row, name) for row in rows]) for name in names]
-    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(size, size))
+    numbers, places, full_numbers, full_places = (torch.cat([getattr(row, name) for row in rows]) for name in names)
+    return BlockMask.from_kv_blocks(
+        numbers, places, full_numbers, full_places, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(size, size)
+    )
 
 
 def flex_pass(layout, mask: BlockMask, query, key, value, rule: ScoreRule) -> torch.Tensor:
