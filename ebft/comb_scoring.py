@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -67,6 +68,14 @@ def score(
     if divergence is not None:
         _check_divergence(policy, reference, settings)
     _, _, rollouts, horizon = rollout_tokens.shape
+    real = rollout_mask & anchor_mask[:, :, None, None]
+    later_real, known = real[..., 1:], mask[:, 1:]
+    # a GPU waits wherever the host asks it something, as how many are real: it is asked once for everything
+    *read, are_later, are_known = read_together(anchors, anchor_mask, later_real, known)
+    rows, columns, at_later, at_known = (
+        torch.from_numpy(places).to(tokens.device, non_blocking=True)
+        for places in (*read[1].nonzero(), np.flatnonzero(are_later), np.flatnonzero(are_known))
+    )
     layout = NestedPrefixLayout(
         anchors,
         anchor_mask,
@@ -74,12 +83,8 @@ def score(
         rollouts=rollouts,
         horizon=horizon - 1,
         document_ids=document_ids,
+        read=(read[0], read[1]),
     )
-    real = rollout_mask & anchor_mask[:, :, None, None]
-    later_real, known = real[..., 1:], mask[:, 1:]
-    # a GPU waits for the host where it asks how many are real: once for each mask
-    rows, columns = anchor_mask.nonzero(as_tuple=True)
-    at_later, at_known = (selected.flatten().nonzero()[:, 0] for selected in (later_real, known))
     trunk, teeth = policy.states(layout, tokens, rollout_tokens[..., :-1], None)[-1]
     with policy.computing():
         at_anchors = trunk[rows, layout.anchors[rows, columns] - 1]
@@ -111,6 +116,14 @@ def score(
         )
         results = (*results, whole(of_first[:, None].expand(-1, rollouts), of_later))  # type: ignore[assignment]
     return results
+
+
+def read_together(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """Integers or booleans in the host's memory, in one transfer; those of a CPU share it."""
+    if tensors[0].device.type == "cpu":
+        return [x.numpy() for x in tensors]
+    parts = torch.cat([x.flatten().long() for x in tensors]).cpu().split([x.numel() for x in tensors])
+    return [part.view(x.shape).to(x.dtype).numpy() for part, x in zip(parts, tensors, strict=True)]
 
 
 def _check_divergence(policy: CausalPolicy, reference: CausalPolicy | None, settings: dict) -> None:
@@ -205,8 +218,8 @@ def hidden_states(
     if wrong or not layers:
         raise UsageError(f"layers {list(layers)}: expected one or more of 0 (embeddings) to {policy.num_layers}")
     _, _, rollouts, horizon = rollout_tokens.shape
-    layout = NestedPrefixLayout(
-        anchors, anchor_mask, length=tokens.shape[1], rollouts=rollouts, horizon=horizon, document_ids=document_ids
-    )
+    values, real = read_together(anchors, anchor_mask)
+    shape = {"length": tokens.shape[1], "rollouts": rollouts, "horizon": horizon}
+    layout = NestedPrefixLayout(anchors, anchor_mask, **shape, document_ids=document_ids, read=(values, real))
     states = policy.states(layout, tokens, rollout_tokens, layers)
     return {i: teeth for i, (_, teeth) in states.items()}, {i: trunk for i, (trunk, _) in states.items()}

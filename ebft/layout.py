@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 
 from ebft.errors import UsageError
@@ -39,6 +40,7 @@ class NestedPrefixLayout:
         horizon: G, tokens per tooth; 0 gives a row without teeth.
         document_ids: [B,T] int64, optional; equal neighbours belong to one document. Attention stays inside the
             document and positions restart there.
+        read: `anchors` and `anchor_mask` on the host, where they have been read already: a device is not asked again.
 
     Raises:
         UsageError: an unmasked anchor lies outside [1, T].
@@ -53,12 +55,15 @@ class NestedPrefixLayout:
         rollouts: int,
         horizon: int,
         document_ids: torch.Tensor | None = None,
+        read: tuple[np.ndarray, np.ndarray] | None = None,
     ):
-        outside = anchor_mask & ((anchors < 1) | (anchors > length))
+        values, real = (anchors, anchor_mask) if read is None else read
+        outside = real & ((values < 1) | (values > length))
         if outside.any():
             raise UsageError(
-                f"anchor {int(anchors[outside][0])} lies outside [1, {length}]: an anchor is a prefix length"
+                f"anchor {int(values[outside][0])} lies outside [1, {length}]: an anchor is a prefix length"
             )
+        self._read = None if read is None else np.where(read[1], read[0], 1)
         self.anchors = torch.where(anchor_mask, anchors, 1)
         self.anchor_mask = anchor_mask
         self.length, self.rollouts, self.horizon = length, rollouts, horizon
@@ -88,6 +93,10 @@ class NestedPrefixLayout:
         self._limit = torch.cat([index + 1, along_teeth(self.anchors, nothing)], 1)
         tooth = torch.arange(teeth, device=device).repeat_interleave(self.horizon)
         self._tooth = torch.cat([torch.full((self.length,), -1, device=device), tooth])
+
+    def places(self) -> list[list[int]]:
+        """`anchors` as numbers on the host."""
+        return (self.anchors if self._read is None else self._read).tolist()
 
     def positions(self) -> torch.Tensor:
         """[B,S] int64: the position of every slot inside its document; a tooth continues its prefix."""
@@ -161,9 +170,16 @@ class NestedPrefixLayout:
 
 
 def layout_to_the_last_anchor(
-    anchors: torch.Tensor, anchor_mask: torch.Tensor, *, document_ids: torch.Tensor | None = None, **shape: int
+    anchors: torch.Tensor,
+    anchor_mask: torch.Tensor,
+    *,
+    rollouts: int,
+    horizon: int,
+    document_ids: torch.Tensor | None = None,
 ) -> NestedPrefixLayout:
     """The layout of a row that ends at the last anchor: of what follows it, [B,T], nothing is seen by a tooth."""
     length = int(torch.where(anchor_mask, anchors, 1).max())
     documents = None if document_ids is None else document_ids[:, :length]
-    return NestedPrefixLayout(anchors, anchor_mask, length=length, document_ids=documents, **shape)
+    return NestedPrefixLayout(
+        anchors, anchor_mask, length=length, rollouts=rollouts, horizon=horizon, document_ids=documents
+    )

@@ -5,12 +5,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ebft import schema, static_decode
+from ebft import comb_scoring, schema, static_decode
 from ebft.assemble import build_pipeline, resolve_run, settle
 from ebft.assemble.reward import decoder
 from ebft.attention import chunks
@@ -160,9 +161,10 @@ class Waits(TorchDispatchMode):
 
 
 def waits(run):
-    tolist = torch.Tensor.tolist
+    tolist, read_together = torch.Tensor.tolist, comb_scoring.read_together
     with pytest.MonkeyPatch.context() as patch, Waits() as counted:
         patch.setattr(torch.Tensor, "tolist", lambda self: counted.found.update(["tolist"]) or tolist(self))
+        patch.setattr(comb_scoring, "read_together", lambda *x: counted.found.update(["read"]) or read_together(*x))
         run()
     return counted.found.total()
 
@@ -189,12 +191,24 @@ def test_scoring_asks_for_as_much_whatever_its_size(name, monkeypatch):
         log_prob, own, *rest = policy.score(*given(policy, width=width), drawn, drawn > 0, **options)
         (log_prob.sum() + own.sum() + sum(x.sum() for x in rest)).backward()
 
-    # the anchors' check and largest reach, three masks, and for each window how far all see
-    least = 2 + 3 + 1
+    least = 1 + 1  # anchors and masks at once, and for each window how far all see
     assert waits(score) == waits(lambda: score(100)) == least
     start = policy.reference()
     compare = {"reference": start, "divergence": lambda ours, theirs: (ours - theirs).square().sum(-1), "entropy": True}
     assert waits(lambda: score(**compare)) <= 2 * least
+
+
+def test_what_is_read_together_is_what_was_there():
+    """As from a device that is not the CPU."""
+    given = torch.tensor([[3, -1]]), torch.tensor([[True, False]]), torch.zeros(2, 0, 3, dtype=torch.bool)
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    found = comb_scoring.read_together(given[0].as_subclass(Elsewhere), *given[1:])
+    for ours, theirs in zip(found, given, strict=True):
+        assert np.array_equal(ours, theirs.numpy())
+        assert ours.dtype == theirs.numpy().dtype
 
 
 def test_static_steps_of_sampling_wait_for_nothing(monkeypatch):

@@ -73,7 +73,7 @@ def chunks_of(layout: NestedPrefixLayout, window: int | None) -> list[Chunk]:
     length, per_anchor = layout.length, layout.rollouts * layout.horizon
     device = layout.anchors.device
     rows, few_tokens, few_anchors = (n.on(device) for n in (ROWS_PER_CALL, TOKENS_PER_CALL, ANCHORS_PER_CALL))
-    all_anchors = layout.anchors.tolist() if per_anchor else [[]] * layout.batch
+    all_anchors = layout.places() if per_anchor else [[]] * layout.batch
     parts, most = [], []  # of `Chunk`: rows, start, stop, reach, own; and how much of the trunk all may see
     for row in range(0, layout.batch, rows):
         few_rows = slice(row, row + rows)
