@@ -19,7 +19,7 @@ Every piece runs in a process of its own and is saved when it is done. One that 
 the next begins. Started again, it measures what has no result in OUT yet from the same machine and sizes, what failed
 last; results from other machines and sizes stay. It ends after --minutes, and no piece may take more than 9: one that
 was stopped because it began late comes first the next time, and fails if the time is not enough then either. With
-`--device cpu --model tiny` everything that a CPU can do runs in a minute.
+`--device cpu --model tiny` everything that a CPU can do runs in a few minutes.
 """
 
 from __future__ import annotations
