@@ -108,6 +108,22 @@ def test_slots_behind_the_row_see_themselves_and_are_seen_by_nobody_else(window)
     assert drawn.shape == (2, 3, 2, 4)
 
 
+def test_masks_of_a_row_at_a_time_are_those_of_all_at_once(monkeypatch):
+    anchors = torch.tensor([[3, 9], [30, 60]])
+    layout = NestedPrefixLayout(anchors, anchors > 0, length=64, rollouts=1, horizon=3)
+    asked, create = [], flex.create_block_mask
+    monkeypatch.setattr(flex, "create_block_mask", lambda *x, **more: asked.append(x[1]) or create(*x, **more))
+    ours = flex_masks(layout, None, block=4, size=72)
+    padded = layout.padded(72)
+    theirs = create(
+        lambda row, head, query, key: padded.visible(query, key, row=row), 2, None, 72, 72, device="cpu", BLOCK_SIZE=4
+    )
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert not torch.equal(*ours.kv_num_blocks)
+    assert asked == [1, 1]
+
+
 def test_the_order_of_the_row_leaves_most_tiles_out():
     """Tooth after tooth the row touches 212 tiles of 128; step after step of all teeth, as in public code, 548."""
     anchors = torch.arange(8, 1017, 8)[None]
