@@ -56,7 +56,11 @@ def jobs(models: list[str], policies: list[str], pieces: list[str], device: str,
 
 
 def attempt(job: Job, limit: float, *, last: bool) -> dict[str, Any] | None:
-    """What the piece gave, or what stopped it; None if it was stopped and is to have more time, unless it had all."""
+    """What the piece gave, or what stopped it; None if time did, and it is to be tried again.
+
+    Args:
+        limit: seconds; last: there is no more time to be had, so that being stopped is its result.
+    """
     try:
         # None: the system killed it, which it does when memory runs out
         return in_fresh_process(measure, job, limit=limit) or {"error": "the system killed the process"}
@@ -94,9 +98,8 @@ def main(
     results, console = gpu_results.load(out), Console()
     entry = gpu_results.entry(results, where, sizes)
     start = time.perf_counter()
-    for number, job in enumerate(
-        gpu_results.remaining(entry, jobs(models, policies, pieces, device, sizes), again=again)
-    ):
+    wanted = jobs(models, policies, pieces, device, sizes)
+    for number, job in enumerate(gpu_results.remaining(entry, wanted, again=again)):
         left = 60 * minutes - (time.perf_counter() - start)
         done, name = None, f"{job.label or 'the card'}, {job.piece}"
         if left > 0:

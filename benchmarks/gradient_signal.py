@@ -146,9 +146,9 @@ def main(out: Path, batches: int, table: Table) -> None:
     result = json.loads((out / "signal.json").read_text())
     found, text = families(out, result, table)
     write_json(out / "signal.json", {**result, "families": found})
-    table = (out / "signal.md").read_text().partition("\n\n## ")[0].rstrip()
+    first = (out / "signal.md").read_text().partition("\n\n## ")[0].rstrip()
     note = "## Configurations with the same expected gradient\n\nBelow 1: less noise. ± 95 % jackknife intervals."
-    write_atomically(out / "signal.md", f"{table}\n\n{note}\n\n{text}\n".encode())
+    write_atomically(out / "signal.md", f"{first}\n\n{note}\n\n{text}\n".encode())
     print(text)
 
 
