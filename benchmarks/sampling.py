@@ -8,7 +8,8 @@ time of the comb's matrix products alone. Stages:
 
     sampling    N rollouts from every prefix         curve     the comb's time over lengths
     scoring     their log-probs, with backward       memory    scoring against a plain causal pass over as many tokens
-    both        one after the other                peaks     memory of the stages in the first column
+    both        one after the other                peaks     memory of the stages in the first column, or, without
+                                                             them, of those that OUT has times of
 
 Writes sampling.json and sampling.md into OUT, after every row. What OUT holds of other settings, measured with the same
 policy on the same machine, stays there: settings can be measured one by one.
@@ -110,6 +111,9 @@ def benchmark(
     """Measure everything asked for; `save` gets the results so far after every row, `say` what is being done.
 
     `earlier` are results, of other settings too, that are kept where the circumstances are the same.
+
+    Raises:
+        UsageError: peaks of a setting that nothing is known of.
     """
     policy = choice.load()
     results: dict[str, Any] = {"machine": machine(policy.device), "choice": asdict(choice), "repeats": repeats}
@@ -120,11 +124,19 @@ def benchmark(
     tables: dict[str, Any] = {"rows": [], "curve": [], "growth": {}, "memory": []}
     results |= {name: earlier[name] for name in tables} if same else tables
     compared = [stage for stage in stages if stage in PARTS]
-    for setting in settings if compared else []:
-        say(f"{setting}: time of {', '.join(compared)}")
-        rows = compare(policy, setting, compared, repeats)
-        results["rows"] = merged(results["rows"], rows, "setting", "stage")
-        save(results)
+    for setting in settings:
+        if compared:
+            say(f"{setting}: time of {', '.join(compared)}")
+            rows = compare(policy, setting, compared, repeats)
+            results["rows"] = merged(results["rows"], rows, "setting", "stage")
+            save(results)
+        else:
+            rows = [row for row in results["rows"] if row["setting"] == str(setting)]
+            if "peaks" in stages and not rows:
+                raise UsageError(
+                    f"--stage {','.join(stages)}: nothing of {setting} was timed here: expected some of"
+                    f" {', '.join(PARTS)} before peaks"
+                )
         for row in rows if "peaks" in stages else []:
             for name in CONTESTANTS:
                 say(f"{setting}: memory of {row['stage']}, {name}")

@@ -266,6 +266,11 @@ def test_benchmark_measures_every_column(monkeypatch):
     assert later["rows"][0]["ours_peak"] == scoring["ours_peak"]  # measured before, and not again
     assert "ours_peak" not in later["rows"][2]
     assert later["curve"] == results["curve"]
+    peaks = sampling.benchmark(CHOICE, settings=settings[:1], stages=["peaks"], earlier=later, **quiet)
+    assert peaks["rows"][2]["ours_peak"] >= 0  # the time is that of before
+    assert {**later["rows"][2], "ours_peak": None} == {**peaks["rows"][2], "ours_peak": None}
+    with pytest.raises(UsageError, match="peaks: nothing of T=20 G=4 N=2 was timed"):
+        sampling.benchmark(CHOICE, settings=[Setting(20, 4, 2)], stages=["peaks"], earlier=later, **quiet)
     elsewhere = results | {"machine": {"device": "another"}}
     fresh = sampling.benchmark(CHOICE, settings=settings[:1], stages=["scoring"], earlier=elsewhere, **quiet)
     assert len(fresh["rows"]) == 1

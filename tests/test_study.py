@@ -351,7 +351,9 @@ def test_training_and_scoring_judge_the_same_programs(study, tmp_path):
         ({"steps": "3", "batch": "1"}, "the arm warm is to see 1.5 rows"),
         ({"ngram": "2"}, "--ngram 2 applies to no arm"),
         ({"horizon": "40"}, "arm sft: --horizon 40"),
-        ({"eval_horizons": "64"}, "--horizons 64 does not fit"),
+        ({"eval_horizons": "64"}, "--eval-horizons 64 does not fit"),
+        ({"eval_rows": "0"}, "--eval-rows 0"),
+        ({"answer_tokens": "4"}, "--answer-tokens 4: the data has no prompts"),
     ],
 )
 def test_mistakes_leave_nothing(tiny_folder, tiny_text, tmp_path, changes, message):
@@ -359,6 +361,14 @@ def test_mistakes_leave_nothing(tiny_folder, tiny_text, tmp_path, changes, messa
     assert isinstance(result.exception, UsageError), result.output
     assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_answers(tiny_folder, tmp_path):
+    argv = command(write_problems(tmp_path / "mine.jsonl"), tiny_folder, tmp_path / "out", answer_tokens=0)
+    result = invoke(argv)
+    assert isinstance(result.exception, UsageError), result.output
+    assert "--answer-tokens 0" in str(result.exception)  # which `evaluate` calls --max-new-tokens
+    assert not (tmp_path / "out").exists()
 
 
 def test_rlvr_takes_part_where_answers_can_be_verified(tiny_folder, tmp_path):

@@ -18,6 +18,7 @@ from ebft.assemble.policy import policy_folder
 from ebft.assemble.protections import say_protections
 from ebft.assemble.rows import Data, read_data
 from ebft.assemble.study_arms import (
+    ANSWER_SETTINGS,
     TASKS,
     Task,
     answers_prompts,
@@ -25,6 +26,7 @@ from ebft.assemble.study_arms import (
     evaluation_options,
     examples_in_a_row,
     find_verifier,
+    in_words_of_a_study,
     shared_options,
 )
 from ebft.assemble.study_budget import read_budget, settle_settings, unverified
@@ -125,6 +127,10 @@ def _prepare(
     if decided.criterion not in CRITERIA:
         raise UsageError(f"--criterion {decided.criterion!r}: expected one of {', '.join(CRITERIA)}")
     answers, tests = data.answers or task.prompts_from is not None, _has_tests(data, task)
+    for setting in () if answers else ANSWER_SETTINGS:
+        if settings.get(setting) is not None:
+            flag = f"--{setting.replace('_', '-')} {settings[setting]}"
+            raise UsageError(f"{flag}: the data has no prompts, so that nothing is answered: leave it out")
     judging = {"answers": answers, "tests": tests}
     resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier, **judging)
     arms = resolve(per_row=1.0)
@@ -133,11 +139,14 @@ def _prepare(
     base = shared["policy"]
     for arm, trained in arms.items():
         _check_arm(arm, trained, base, decided.lr_grid.get(ARMS[arm].rate_of or arm, (1.0,)))
-    measuring = evaluation_options(
-        decided, shared, task=task, answers=answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
-    )
-    settle_options({**measuring, "policy": base}, set(measuring), policy=base)
-    load_data(measuring, ())
+    try:
+        measuring = evaluation_options(
+            decided, shared, task=task, answers=answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
+        )
+        settle_options({**measuring, "policy": base}, set(measuring), policy=base)
+        load_data(measuring, ())
+    except UsageError as error:
+        raise UsageError(in_words_of_a_study(str(error))) from error
     for split in HALVES:
         read_data({**shared, "split": split})  # refuses data that cannot be split
     packed = next((own for arm, own in arms.items() if not answers_prompts(arm)), None)

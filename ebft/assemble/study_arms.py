@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,21 @@ _SHARED = (
     *("rollouts", "temperature", "top_p", "stop", "device", "dtype", "attention"),
     *JUDGING,
 )
+# Other options of an evaluation -> the study's settings that they are: of sequences, and of answers.
+_OF_SEQUENCES = {
+    "features": "eval_features",
+    "held_out": "eval_rows",
+    "batch": "eval_batch",
+    "horizons": "eval_horizons",
+}
+_OF_ANSWERS = {
+    "prompts": "prompts",
+    "prompt_length": "prompt_length",
+    "answers": "answers",
+    "max_new_tokens": "answer_tokens",
+    "answer_temperature": "answer_temperature",
+}
+ANSWER_SETTINGS = tuple(_OF_ANSWERS.values())
 
 
 def shared_options(
@@ -139,7 +155,7 @@ def arm_options(
         found[name] = options
     for name in flags:
         if name in (*OPTION_NAMES, *overlapping) and name not in used:
-            raise UsageError(f"--{name.replace('_', '-')} {flags[name]} applies to no arm of this study: leave it out")
+            raise UsageError(f"{_flag(name)} {flags[name]} applies to no arm of this study: leave it out")
     return found
 
 
@@ -159,11 +175,8 @@ def evaluation_options(
         **defaults,
         **{name: shared[name] for name in _SHARED if shared[name] is not None},
         **{name: shared[name] for name in MAP_OPTIONS if name in taken},
+        **{option: getattr(settings, name) for option, name in _OF_SEQUENCES.items()},
         "split": TEST,
-        "features": settings.eval_features,
-        "held_out": settings.eval_rows,
-        "batch": settings.eval_batch,
-        "horizons": settings.eval_horizons,
         "seed": 0,
         "bootstrap": bootstrap,
         "level": level,
@@ -171,17 +184,20 @@ def evaluation_options(
     if "backbone" in taken and shared["backbone"] in (None, "start"):
         options["backbone"] = policy_folder(shared["policy"])
     if answers:
-        options |= {
-            "prompts_from": task.prompts_from,
-            "prompts": settings.prompts,
-            "prompt_length": settings.prompt_length,
-            "answers": settings.answers,
-            "max_new_tokens": settings.answer_tokens,
-            "answer_temperature": settings.answer_temperature,
-            "greedy": True,
-        }
+        options |= {option: getattr(settings, name) for option, name in _OF_ANSWERS.items()}
+        options |= {"prompts_from": task.prompts_from, "greedy": True}
     options.pop("policy")
     return options
+
+
+def in_words_of_a_study(message: str) -> str:
+    """An error of `evaluate`, with the names that a study gives to the options which it hands on."""
+    flags = {_flag(option): _flag(name) for option, name in {**_OF_SEQUENCES, **_OF_ANSWERS}.items()}
+    return re.sub(r"--[a-z-]+", lambda found: flags.get(found[0], found[0]), message)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _taken_alone(options: Mapping[str, Any], *, strict: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
