@@ -66,7 +66,7 @@ def curve_point(policy: CausalPolicy, setting: Setting, repeats: int) -> dict[st
     contestant = ours(policy, setting)
     rollouts = contestant.sample()
     runs = take_turns(policy, {"ours": contestant}, PARTS["both"], rollouts=rollouts, repeats=repeats)["ours"]
-    point: dict[str, Any] = {"setting": str(setting)}
+    point: dict[str, Any] = {"setting": str(setting), "repeats": repeats}
     for part in PARTS["both"]:
         point[f"{part}_s"] = min(one[part].seconds for one in runs)
         point[f"{part}_token_forwards"] = runs[0][part].token_forwards
@@ -116,7 +116,7 @@ def benchmark(
         UsageError: peaks of a setting that nothing is known of.
     """
     policy = choice.load()
-    results: dict[str, Any] = {"machine": machine(policy.device), "choice": asdict(choice), "repeats": repeats}
+    results: dict[str, Any] = {"machine": machine(policy.device), "choice": asdict(choice)}
     results["reference_copies"] = COPIES
     results["compute_dtype"] = str(policy.autocast or next(policy.model.parameters()).dtype).removeprefix("torch.")
     results["trained"] = sum(p.numel() for p in policy.trainable().values())
@@ -168,7 +168,7 @@ def main(
     lora: Annotated[int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.")] = 0,
     repeats: Annotated[
         int, typer.Option(help="Runs of which the best counts; one of what takes over two minutes.")
-    ] = 2,
+    ] = 4,
     out: Annotated[Path, typer.Option(help="Folder of sampling.json and sampling.md.")] = RESULTS,
 ) -> None:
     """Measure sampling and scoring over combs."""

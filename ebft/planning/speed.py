@@ -19,7 +19,7 @@ from ebft.planning.products import Operands, Product, multiply, operations
 # Time of a stage over that of its products, SmolLM2-135M on two cores of a CPU: in float32 rows of 1024 tokens
 # (benchmarks/results/sampling.md), in bfloat16, whose products take less, 128 to 512
 # (medians of benchmarks/results/plan.json, the optimizer's time taken off).
-_SINGLE = {"sample": 1.35, "embed": 1.35, "score": 1.41, "update": 1.41}
+_SINGLE = {"sample": 1.54, "embed": 1.54, "score": 1.45, "update": 1.45}
 _HALF = {"sample": 2.3, "embed": 2.5, "score": 2.4, "update": 2.7}
 
 _OPERATIONS = {"cpu": 6e10, "cuda": 2e13}  # that one measurement does at most; it is scaled up to what a stage needs
