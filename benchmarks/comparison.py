@@ -81,8 +81,8 @@ def compare(policy: CausalPolicy, setting: Setting, stages: list[str], repeats: 
     contestants = {name: make(policy, setting) for name, make in CONTESTANTS.items()}
     rollouts = contestants["ours"].sample()
     if "scoring" in parts:  # memory that the process touches for the first time costs it seconds of page faults, once
-        contestants["ours"].score(rollouts)
-        contestants["reference"].score(rollouts[:, :, :COPIES])
+        run(policy, contestants["ours"], ["scoring"], rollouts)
+        run(policy, contestants["reference"], ["scoring"], rollouts[:, :, :COPIES])
     contestants["floor"] = floor(policy, setting)
     runs = take_turns(policy, contestants, parts, rollouts=rollouts, repeats=repeats)
     agreement = agree(runs["reference"][-1], runs["ours"][-1])

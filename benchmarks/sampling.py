@@ -66,7 +66,7 @@ def curve_point(policy: CausalPolicy, setting: Setting, repeats: int) -> dict[st
     contestant = ours(policy, setting)
     rollouts = contestant.sample()
     runs = take_turns(policy, {"ours": contestant}, PARTS["both"], rollouts=rollouts, repeats=repeats)["ours"]
-    point: dict[str, Any] = {"setting": str(setting), "repeats": repeats}
+    point: dict[str, Any] = {"setting": str(setting), "repeats": len(runs)}
     for part in PARTS["both"]:
         point[f"{part}_s"] = min(one[part].seconds for one in runs)
         point[f"{part}_token_forwards"] = runs[0][part].token_forwards

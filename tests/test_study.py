@@ -353,7 +353,7 @@ def test_training_and_scoring_judge_the_same_programs(study, tmp_path):
         ({"horizon": "40"}, "arm sft: --horizon 40"),
         ({"eval_horizons": "64"}, "--eval-horizons 64 does not fit"),
         ({"eval_rows": "0"}, "--eval-rows 0"),
-        ({"answer_tokens": "4"}, "--answer-tokens 4: the data has no prompts"),
+        ({"answer_tokens": "4"}, "--answer-tokens is for data with prompts and answers"),
     ],
 )
 def test_mistakes_leave_nothing(tiny_folder, tiny_text, tmp_path, changes, message):

@@ -18,7 +18,7 @@ from ebft.assemble.policy import policy_folder
 from ebft.assemble.protections import say_protections
 from ebft.assemble.rows import Data, read_data
 from ebft.assemble.study_arms import (
-    ANSWER_SETTINGS,
+    OF_ANSWERS,
     TASKS,
     Task,
     answers_prompts,
@@ -127,10 +127,6 @@ def _prepare(
     if decided.criterion not in CRITERIA:
         raise UsageError(f"--criterion {decided.criterion!r}: expected one of {', '.join(CRITERIA)}")
     answers, tests = data.answers or task.prompts_from is not None, _has_tests(data, task)
-    for setting in () if answers else ANSWER_SETTINGS:
-        if settings.get(setting) is not None:
-            flag = f"--{setting.replace('_', '-')} {settings[setting]}"
-            raise UsageError(f"{flag}: the data has no prompts, so that nothing is answered: leave it out")
     judging = {"answers": answers, "tests": tests}
     resolve = partial(arm_options, chosen, decided, shared, flags=flags, verifier=verifier, **judging)
     arms = resolve(per_row=1.0)
@@ -144,7 +140,7 @@ def _prepare(
             decided, shared, task=task, answers=answers, defaults=evaluate_defaults(), bootstrap=bootstrap, level=level
         )
         settle_options({**measuring, "policy": base}, set(measuring), policy=base)
-        load_data(measuring, ())
+        load_data(measuring, [option for option, name in OF_ANSWERS.items() if settings.get(name) is not None])
     except UsageError as error:
         raise UsageError(in_words_of_a_study(str(error))) from error
     for split in HALVES:

@@ -54,14 +54,13 @@ _OF_SEQUENCES = {
     "batch": "eval_batch",
     "horizons": "eval_horizons",
 }
-_OF_ANSWERS = {
+OF_ANSWERS = {
     "prompts": "prompts",
     "prompt_length": "prompt_length",
     "answers": "answers",
     "max_new_tokens": "answer_tokens",
     "answer_temperature": "answer_temperature",
 }
-ANSWER_SETTINGS = tuple(_OF_ANSWERS.values())
 
 
 def shared_options(
@@ -184,7 +183,7 @@ def evaluation_options(
     if "backbone" in taken and shared["backbone"] in (None, "start"):
         options["backbone"] = policy_folder(shared["policy"])
     if answers:
-        options |= {option: getattr(settings, name) for option, name in _OF_ANSWERS.items()}
+        options |= {option: getattr(settings, name) for option, name in OF_ANSWERS.items()}
         options |= {"prompts_from": task.prompts_from, "greedy": True}
     options.pop("policy")
     return options
@@ -192,7 +191,7 @@ def evaluation_options(
 
 def in_words_of_a_study(message: str) -> str:
     """An error of `evaluate`, with the names that a study gives to the options which it hands on."""
-    flags = {_flag(option): _flag(name) for option, name in {**_OF_SEQUENCES, **_OF_ANSWERS}.items()}
+    flags = {_flag(option): _flag(name) for option, name in {**_OF_SEQUENCES, **OF_ANSWERS}.items()}
     return re.sub(r"--[a-z-]+", lambda found: flags.get(found[0], found[0]), message)
 
 
