@@ -1,13 +1,14 @@
-"""Progress per hour: how far each recipe lowers the held-out feature-matching loss in the same time.
+"""Progress: how far each recipe lowers held-out feature-matching losses and cross-entropy.
 
-    python benchmarks/progress.py OUT [--cells plain:0,paper] [--minutes 30] [--seeds 0,1,2]
+    python benchmarks/progress.py OUT [half-hour|levers] [--cells paper:0,defaults] [--minutes 30] [--seeds 0,1,2]
 
-trains smollm2-135m on the standard library's source, for every recipe and seed as many steps as fit into --minutes.
-Then the policy and its start are compared on the same held-out texts with the same random numbers, under the paper's
-features. That is an hour of a core for every cell (recipe, seed) on two cores, so OUT is made for many sittings, and
-these files in it for keeping:
+trains smollm2-135m on the standard library's source, for every recipe and seed. `half-hour` gives the paper's recipe
+and the defaults of `run` as many steps as fit into --minutes; `levers` starts from the first run that a user makes and
+changes one thing at a time, with as many sequences for each. Then the policy and its start are compared on the same
+held-out texts with the same random numbers. A cell (recipe, seed) is half an hour, or six minutes, of two cores, so
+OUT is made for many sittings, and these files in it for keeping:
 
-    steps.json            how many steps fit, and where that was measured: the same ever after, on any machine
+    steps.json            steps of a recipe, how many fit where the time is given: the same ever after, on any machine
     base.json             what every held-out sequence adds to the totals of the start
     cells/RECIPE-SEED.json  the same of a trained policy, and the change; a cell that is there is not trained again
     progress.json, .md    the report of the cells that are there
@@ -23,20 +24,19 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import progress_report
-from benchmarks.progress_recipes import MEASURE, METRICS, POLICY, RECIPES, flags, options_of
+from benchmarks.progress_recipes import PLANS, POLICY, Plan, flags
 from ebft.errors import UsageError
 from ebft.files import write_json
-from ebft.loops.evaluation.quantities import Quantity, Totals
+from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.result import look_up, paired_differences, read_totals
 
 ROOT = Path(__file__).parents[1]
@@ -49,29 +49,29 @@ def command(*arguments: str) -> None:
     subprocess.run([sys.executable, str(ROOT / "cli.py"), *arguments], check=True)
 
 
-def chosen_cells(text: str, seeds: Sequence[int]) -> list[Cell]:
+def chosen_cells(text: str, recipes: Collection[str], seeds: Sequence[int]) -> list[Cell]:
     """`plain:0,paper` to cells, seed by seed: a recipe without a seed has all of them. "all" and "none" are words.
 
     Raises:
         UsageError: no such recipe, or no such seed.
     """
     found = []
-    for part in RECIPES if text == "all" else [] if text == "none" else text.split(","):
+    for part in recipes if text == "all" else [] if text == "none" else text.split(","):
         recipe, _, seed = part.strip().partition(":")
-        if recipe not in RECIPES or (seed and seed not in map(str, seeds)):
+        if recipe not in recipes or (seed and seed not in map(str, seeds)):
             raise UsageError(
-                f"--cells {part}: expected RECIPE or RECIPE:SEED, of the recipes {', '.join(RECIPES)} and the seeds"
+                f"--cells {part}: expected RECIPE or RECIPE:SEED, of the recipes {', '.join(recipes)} and the seeds"
                 f" {', '.join(map(str, seeds))}"
             )
         found += [(recipe, int(seed))] if seed else [(recipe, s) for s in seeds]
     return sorted(dict.fromkeys(found), key=lambda cell: cell[1])
 
 
-def train(folder: Path, recipe: str, *, steps: int, seed: int) -> dict[str, Any]:
+def train(folder: Path, options: Mapping[str, str], *, steps: int, seed: int) -> dict[str, Any]:
     """A run in `folder`, or the rest of it; its machine, versions, times, and the tokens that it saw or drew."""
     if not (folder / "evaluation.json").exists():
         # what is measured before and after training is not this benchmark's: it is kept small
-        given = {**options_of(recipe), "steps": str(steps), "seed": str(seed), "held_out": "8", "policy": POLICY}
+        given = {**options, "steps": str(steps), "seed": str(seed), "held_out": "8", "policy": POLICY}
         command("run", *flags(given), "--out", str(folder), *(["--resume"] if folder.exists() else []))
     config = json.loads((folder / "config.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
@@ -81,48 +81,57 @@ def train(folder: Path, recipe: str, *, steps: int, seed: int) -> dict[str, Any]
     return {**found, "machine": config["machine"], "versions": config["versions"]}
 
 
-def fixed_steps(out: Path, minutes: float | None, recipes: Collection[str]) -> dict[str, Any]:
-    """What steps.json holds, after a short run of each of `recipes` that is not in it.
+def fixed_steps(out: Path, plan: Plan, minutes: float | None, recipes: Collection[str]) -> dict[str, Any]:
+    """What steps.json holds, after a short run of each of `recipes` that is not in it and does not say its steps.
 
     Raises:
-        UsageError: it was made for other minutes, or for other options of a recipe.
+        UsageError: it was made for other minutes, or other options of a recipe; minutes where no recipe needs them.
     """
     path = out / "steps.json"
-    found = json.loads(path.read_text()) if path.exists() else {"minutes": minutes or 30.0, "recipes": {}}
+    timed = any("steps" not in plan.options_of(recipe) for recipe in plan.recipes)
+    if minutes is not None and not timed:
+        raise UsageError(f"--minutes {minutes:g}: every recipe of this plan has its steps: leave it out")
+    fresh = {"minutes": (minutes or 30.0) if timed else None, "recipes": {}}
+    found = json.loads(path.read_text()) if path.exists() else fresh
     if minutes not in (None, found["minutes"]):
         raise UsageError(f"--minutes {minutes:g}: {path} is for {found['minutes']:g}: give those, or another folder")
-    for recipe in RECIPES:
-        options = options_of(recipe)
+    for recipe in plan.recipes:
+        options = plan.options_of(recipe)
         if recipe in recipes and recipe not in found["recipes"]:
-            probe = train(out / "runs" / f"{recipe}-probe", recipe, steps=PROBE, seed=0)
-            steps = max(1, int(found["minutes"] * 60 / probe["step_s"]))
-            known = {name: probe[name] for name in ("step_s", "machine")}
-            found["recipes"][recipe] = {"options": options, "steps": steps, **known}
+            if "steps" in options:
+                known: dict[str, Any] = {"steps": int(options["steps"])}
+            else:
+                probe = train(out / "runs" / f"{recipe}-probe", options, steps=PROBE, seed=0)
+                steps = max(1, int(found["minutes"] * 60 / probe["step_s"]))
+                known = {"steps": steps, "step_s": probe["step_s"], "machine": probe["machine"]}
+            found["recipes"][recipe] = {"options": options, **known}
             write_json(path, found)
         if recipe in found["recipes"]:
             _check_options(found["recipes"][recipe]["options"], options, path, recipe)
     return found
 
 
-def held_out(policy: str, folder: Path) -> dict[str, Any]:
+def held_out(policy: str, folder: Path, plan: Plan) -> dict[str, Any]:
     """What every held-out sequence adds to the totals of a policy, and the Python whose library it is."""
     if not (folder / "evaluation.json").exists():
-        command("evaluate", *flags(MEASURE), "--policy", policy, "--out", str(folder))
+        command("evaluate", *flags(plan.measure), "--policy", policy, "--out", str(folder))
     totals = read_totals(folder / "sequences.csv")
-    sums = {name: [x.tolist() for x in totals[quantity]] for name, quantity in METRICS.items()}
+    sums = {name: [x.tolist() for x in totals[quantity]] for name, quantity in plan.metrics.items()}
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    return {"python": evaluation["machine"]["python"], "measure": dict(MEASURE), "sums": sums}
+    return {"python": evaluation["machine"]["python"], "measure": dict(plan.measure), "sums": sums}
 
 
-def base(out: Path) -> dict[str, Any]:
+def base(out: Path, plan: Plan) -> dict[str, Any]:
     """What base.json holds, measured where it is not there."""
     path = out / "base.json"
     if not path.exists():
-        write_json(path, held_out(POLICY, out / "runs" / "base-evaluation"))
+        write_json(path, held_out(POLICY, out / "runs" / "base-evaluation", plan))
     return json.loads(path.read_text())
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, float]]:
+def changes(
+    before: dict[str, Any], after: dict[str, Any], metrics: Mapping[str, Quantity]
+) -> dict[str, dict[str, float]]:
     """Metric -> value, low, high and standard_error of the paired change.
 
     Raises:
@@ -135,16 +144,16 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str
             f"base.json is of other held-out sequences ({', '.join(differing) or 'their tokens'}; Python"
             f" {before['python']}, here {after['python']}): expected those, or a folder of its own"
         )
-    entries = paired_differences(_totals(before), _totals(after))
+    entries = paired_differences(progress_report.totals_of(before, metrics), progress_report.totals_of(after, metrics))
     found = {}
-    for name, quantity in METRICS.items():
+    for name, quantity in metrics.items():
         entry = look_up(entries, *quantity)
         assert entry is not None
         found[name] = {key: entry[key] for key in ("value", "low", "high", "standard_error")}
     return found
 
 
-def measure(out: Path, cell: Cell, steps: dict[str, Any]) -> None:
+def measure(out: Path, cell: Cell, plan: Plan, steps: dict[str, Any]) -> None:
     """Train and measure a cell, and keep it, unless it is there.
 
     Raises:
@@ -158,18 +167,12 @@ def measure(out: Path, cell: Cell, steps: dict[str, Any]) -> None:
         _check_options({"steps": kept["steps"]}, {"steps": known["steps"]}, path, recipe)
         return
     folder = out / "runs" / f"{recipe}-{seed}"
-    start = base(out)
-    run = train(folder, recipe, steps=known["steps"], seed=seed)
-    after = held_out(str(folder), out / "runs" / f"{recipe}-{seed}-evaluation")
+    start = base(out, plan)
+    run = train(folder, known["options"], steps=known["steps"], seed=seed)
+    after = held_out(str(folder), out / "runs" / f"{recipe}-{seed}-evaluation", plan)
     found = {"recipe": recipe, "seed": seed, "options": known["options"], "steps": known["steps"], **run}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**found, "changes": changes(start, after), **after})
-
-
-def _totals(measured: dict[str, Any]) -> Totals:
-    sums = measured["sums"]
-    tensors = {name: [torch.tensor(column, dtype=torch.float64) for column in sums[name]] for name in METRICS}
-    return {Quantity(*quantity): (tensors[name][0], tensors[name][1]) for name, quantity in METRICS.items()}
+    write_json(path, {**found, "changes": changes(start, after, plan.metrics), **after})
 
 
 def _check_options(kept: dict[str, Any], now: dict[str, Any], path: Path, recipe: str) -> None:
@@ -183,19 +186,22 @@ def _check_options(kept: dict[str, Any], now: dict[str, Any], path: Path, recipe
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the parts and the report.")],
+    plan: Annotated[str, typer.Argument(help=f"What is compared: {' or '.join(PLANS)}.")] = "half-hour",
     cells: Annotated[str, typer.Option(help="RECIPE or RECIPE:SEED, with commas between; all; or none.")] = "all",
-    minutes: Annotated[float | None, typer.Option(help="Training time of a cell (default 30).")] = None,
+    minutes: Annotated[float | None, typer.Option(help="half-hour: training time of a cell (default 30).")] = None,
     seeds: Annotated[str, typer.Option(help="With commas between.")] = "0,1,2",
 ) -> None:
     """Train and measure the cells that are not there yet, and report on those that are."""
-    numbers = [int(seed) for seed in seeds.split(",")]
-    chosen = chosen_cells(cells, numbers)
+    if plan not in PLANS:
+        raise UsageError(f"{plan}: expected a plan, {' or '.join(PLANS)}")
+    made, numbers = PLANS[plan], [int(seed) for seed in seeds.split(",")]
+    chosen = chosen_cells(cells, made.recipes, numbers)
     out.mkdir(parents=True, exist_ok=True)
-    steps = fixed_steps(out, minutes, {recipe for recipe, _ in chosen})
+    steps = fixed_steps(out, made, minutes, {recipe for recipe, _ in chosen})
     for cell in chosen:
-        measure(out, cell, steps)
-        progress_report.write(out, steps, numbers)
-    print(progress_report.write(out, steps, numbers))
+        measure(out, cell, made, steps)
+        progress_report.write(out, made, steps, numbers)
+    print(progress_report.write(out, made, steps, numbers))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.progress_recipes import COMMON, MEASURE, METRICS, RECIPES
+import torch
+
+from benchmarks.progress_recipes import Plan
 from ebft.files import write_atomically, write_json
 from ebft.loops.ablation.intervals import Interval, paired_interval, t_interval
+from ebft.loops.evaluation.quantities import Quantity, Totals
+from ebft.loops.evaluation.result import look_up, mean_differences
 
-MATCHING, CROSS_ENTROPY = METRICS
-AGAINST = "paper-adapters"  # the paper's reward under the optimiser of most others
+Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]  # recipe -> seed -> what is kept of a cell
 
 
 def path_of(out: Path, cell: tuple[str, int]) -> Path:
@@ -22,19 +25,25 @@ def path_of(out: Path, cell: tuple[str, int]) -> Path:
     return out / "cells" / f"{cell[0]}-{cell[1]}.json"
 
 
-def write(out: Path, steps: Mapping[str, Any], seeds: Sequence[int]) -> str:
+def totals_of(measured: Mapping[str, Any], metrics: Mapping[str, Quantity]) -> Totals:
+    """The totals of every held-out sequence that a cell or the base keeps."""
+    columns = {name: [torch.tensor(c, dtype=torch.float64) for c in measured["sums"][name]] for name in metrics}
+    return {Quantity(*quantity): (columns[name][0], columns[name][1]) for name, quantity in metrics.items()}
+
+
+def write(out: Path, plan: Plan, steps: Mapping[str, Any], seeds: Sequence[int]) -> str:
     """Write progress.json and progress.md of the cells that are there; returns the latter."""
-    cells: dict[str, dict[int, dict]] = {recipe: {} for recipe in RECIPES}
+    cells: dict[str, dict[str, dict]] = {recipe: {} for recipe in plan.recipes}
     missing = []
     for recipe, found in cells.items():
         for seed in seeds:
             path = path_of(out, (recipe, seed))
             if path.exists():
-                found[seed] = json.loads(path.read_text())
+                found[str(seed)] = json.loads(path.read_text())
             else:
                 missing.append(f"{recipe}:{seed}")
-    rows = {recipe: _row(steps["recipes"][recipe], found) for recipe, found in cells.items() if found}
-    common = {"common": COMMON, "measure": MEASURE}
+    rows = {recipe: _row(plan, steps["recipes"][recipe], recipe, cells) for recipe, found in cells.items() if found}
+    common = {"common": plan.common, "measure": plan.measure, "against": plan.against, "metrics": list(plan.metrics)}
     result = {"minutes": steps["minutes"], "seeds": list(seeds), **common, "missing": missing, "recipes": rows}
     write_json(out / "progress.json", result)
     text = markdown(result)
@@ -42,56 +51,82 @@ def write(out: Path, steps: Mapping[str, Any], seeds: Sequence[int]) -> str:
     return text
 
 
-def _row(known: Mapping[str, Any], cells: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is known of a recipe; cells by seed."""
+def _row(plan: Plan, known: Mapping[str, Any], recipe: str, cells: Cells) -> dict[str, Any]:
+    """What is known of a recipe: its cells by seed, and over texts the mean of what they have less the other recipe."""
     kept = ("changes", "step_s", "train_s", "tokens", "machine", "versions")
-    own = {str(seed): {key: cell[key] for key in kept} for seed, cell in cells.items()}
-    return {"options": known["options"], "steps": known["steps"], "machine": known["machine"], "cells": own}
+    own = {seed: {key: cell[key] for key in kept} for seed, cell in cells[recipe].items()}
+    base = cells[plan.against]
+    pairs = [(base[seed], cell) for seed, cell in cells[recipe].items() if seed in base and recipe != plan.against]
+    row = {"options": known["options"], "steps": known["steps"], "timed_on": known.get("machine"), "cells": own}
+    return {**row, "against": _over_texts(pairs, plan.metrics) if pairs else {}}
+
+
+def _over_texts(pairs: Iterable[tuple[Mapping, Mapping]], metrics: Mapping[str, Quantity]) -> dict[str, dict]:
+    """Metric -> value, low, high and standard_error of the mean difference."""
+    entries = mean_differences([(totals_of(a, metrics), totals_of(b, metrics)) for a, b in pairs])
+    found = {name: look_up(entries, *quantity) for name, quantity in metrics.items()}
+    return {
+        name: {key: entry[key] for key in ("value", "low", "high", "standard_error")}
+        for name, entry in found.items()
+        if entry is not None
+    }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A row for every recipe with a cell, and the missing ones by name."""
-    seeds = [str(seed) for seed in result["seeds"]]
-    changes = {
-        metric: {
-            recipe: {seed: cell["changes"][metric]["value"] for seed, cell in row["cells"].items()}
-            for recipe, row in result["recipes"].items()
-        }
-        for metric in METRICS
-    }
+    seeds, against = [str(seed) for seed in result["seeds"]], result["against"]
+    given = "The steps given" if result["minutes"] is None else f"{result['minutes']:g} minutes for each cell"
+    metrics: list[str] = result["metrics"]
+    first = metrics[0]
     lines = [
-        f"{result['minutes']:g} minutes for each cell, {len(seeds)} seeds. Change of held-out totals from the start,"
-        " below 0 is better: ± half of the 95 % interval over seeds (– of one), for a single seed the standard error"
-        f" over sequences. Against: the loss less that of {AGAINST}, over the seeds that both have. Tokens: of"
-        " sequences and rollouts, in 10⁶; the loss is also given for each million of them.",
+        f"{given}, {len(seeds)} seeds. Change of held-out totals from the start, below 0 is better: ± half of the 95 %"
+        " interval over seeds (– of one), for a single seed the standard error over sequences. Against: what is less"
+        f" that of {against}, over the seeds that both have; in brackets the 95 % interval of that mean over texts."
+        " Tokens: of sequences and rollouts, in 10⁶; minutes: of training.",
         "",
-        f"| recipe | steps | tokens | loss | for each | against {AGAINST} | cross-entropy | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " |",
-        "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(seeds),
+        _line(["recipe", "steps", "tokens", "minutes", *metrics, *(f"seed {seed}: {first}" for seed in seeds)]),
+        "|---|" + "---:|" * (3 + len(metrics) + len(seeds)),
     ]
-    against = changes[MATCHING].get(AGAINST, {})
     for recipe, row in result["recipes"].items():
-        own = changes[MATCHING][recipe]
-        tokens = {seed: cell["tokens"] / 1e6 for seed, cell in row["cells"].items()}
-        parts = [
-            t_interval(list(own.values())),
-            t_interval([own[seed] / tokens[seed] for seed in own]),
-            paired_interval(own, against),
-            t_interval(list(changes[CROSS_ENTROPY][recipe].values())),
-        ]
-        singles = [_single(row["cells"].get(seed)) for seed in seeds]
-        cells = [recipe, str(row["steps"]), f"{fmean(tokens.values()):.3g}", *map(_interval, parts), *singles]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = row["cells"]
+        spent = [fmean(cell["tokens"] for cell in cells.values()) / 1e6, fmean(_minutes(c) for c in cells.values())]
+        own = [_interval(t_interval(list(_changes(row, metric).values()))) for metric in metrics]
+        singles = [_single(cells.get(seed), first) for seed in seeds]
+        lines.append(_line([recipe, str(row["steps"]), *(f"{x:.3g}" for x in spent), *own, *singles]))
+    others = {recipe: row for recipe, row in result["recipes"].items() if row["against"]}
+    if others:
+        lines += ["", _line([f"against {against}", "seeds", *metrics]), "|---|" + "---:|" * (1 + len(metrics))]
+    for recipe, row in others.items():
+        base = result["recipes"][against]
+        shared = [seed for seed in row["cells"] if seed in base["cells"]]
+        found = [_difference(row, base, metric) for metric in metrics]
+        lines.append(_line([recipe, str(len(shared)), *found]))
     if result["missing"]:
         lines += ["", f"Missing: {', '.join(result['missing'])}."]
-    lines += ["", *_machines(result["recipes"])]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_machines(result["recipes"])]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _minutes(cell: Mapping[str, Any]) -> float:
+    return cell["train_s"] / 60
+
+
+def _changes(row: Mapping[str, Any], metric: str) -> dict[str, float]:
+    return {seed: cell["changes"][metric]["value"] for seed, cell in row["cells"].items()}
+
+
+def _difference(row: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> str:
+    """Of one metric, over seeds and over texts."""
+    over_seeds = _interval(paired_interval(_changes(row, metric), _changes(base, metric)))
+    return f"{over_seeds} ({row['against'][metric]['low']:+.4f} to {row['against'][metric]['high']:+.4f})"
 
 
 def _machines(recipes: Mapping[str, Any]) -> list[str]:
     """Where steps were timed and cells trained: only of one machine are times the same time."""
-    timed = {_machine(row["machine"]) for row in recipes.values()}
+    timed = {_machine(row["timed_on"]) for row in recipes.values() if row["timed_on"]}
     trained = {_machine(cell["machine"]) for row in recipes.values() for cell in row["cells"].values()}
     kinds = (("Steps timed", timed), ("Cells trained", trained))
     return [f"{what} on: {'; '.join(sorted(found))}." for what, found in kinds if found]
@@ -107,8 +142,8 @@ def _interval(found: Interval) -> str:
     return f"{found.mean:+.4f} ± " + ("–" if math.isnan(found.half_width) else f"{found.half_width:.4f}")
 
 
-def _single(cell: Mapping[str, Any] | None) -> str:
+def _single(cell: Mapping[str, Any] | None, metric: str) -> str:
     if cell is None:
         return "–"
-    change = cell["changes"][MATCHING]
+    change = cell["changes"][metric]
     return f"{change['value']:+.4f} ± {change['standard_error']:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from importlib.resources import files
@@ -11,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import progress, progress_recipes, progress_report
-from benchmarks.progress_recipes import MEASURE, METRICS, RECIPES, options_of, parse
+from benchmarks import progress
+from benchmarks.progress_recipes import HALF_HOUR, PLANS, parse
 from ebft.assemble import resolve_run, settle
 from ebft.assemble.evaluation import resolve_maps
 from ebft.cli import app
@@ -22,8 +23,13 @@ from ebft.loops.evaluation.result import csv_bytes
 
 ROWS = 4
 TOKENS = 50_000  # of a step
-SECONDS = {name: 1.0 + place for place, name in enumerate(RECIPES)}
-LOSS = {"paper": -0.01, "paper-adapters": -0.01, "plain": -0.03}  # of a policy less that of the start, by recipe
+REWARD = "features=hidden estimator=rloo_tuned"
+PLAN = dataclasses.replace(
+    HALF_HOUR, recipes={"paper": "lr=1e-6", "plain": REWARD, "mean": f"{REWARD} pooling=mean", "short": "steps=3"}
+)
+METRICS = PLAN.metrics
+SECONDS = {name: 1.0 + place for place, name in enumerate(PLAN.recipes)}
+LOSS = {"paper": -0.01, "plain": -0.03}  # of a policy less that of the start, by recipe
 MACHINE = {"processor": "a processor", "threads": 2, "device": "cpu", "python": "3.11.7"}
 
 
@@ -67,22 +73,26 @@ class Stand:
 def stand(monkeypatch) -> Stand:
     made = Stand()
     monkeypatch.setattr(progress, "command", made)
+    monkeypatch.setitem(progress.PLANS, "plan", PLAN)
     return made
 
 
 def sit(out: Path, cells: str, *, minutes: float | None = 2.0, seeds: str = "0,1") -> str:
     """One sitting; the report."""
-    progress.main(out, cells=cells, minutes=minutes, seeds=seeds)
+    progress.main(out, "plan", cells=cells, minutes=minutes, seeds=seeds)
     return (out / "progress.md").read_text()
 
 
 def test_every_recipe_gets_the_same_time_which_stays_what_it_was(stand, tmp_path, monkeypatch):
     sit(tmp_path, "all", seeds="0")
     steps = json.loads((tmp_path / "steps.json").read_text())
+    timed = ("paper", "plain", "mean")
     assert {name: row["steps"] for name, row in steps["recipes"].items()} == {
-        name: int(120 / seconds) for name, seconds in SECONDS.items()
+        **{name: int(120 / SECONDS[name]) for name in timed},
+        "short": 3,
     }
-    assert all(row["machine"] == MACHINE for row in steps["recipes"].values())
+    assert "short-probe" not in stand.of("run")
+    assert all(steps["recipes"][name]["machine"] == MACHINE for name in timed)
     monkeypatch.setitem(SECONDS, "plain", 50.0)  # a slower machine
     shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(tmp_path / "cells")
@@ -109,7 +119,7 @@ def test_a_cell_is_kept_with_its_paired_change(stand, tmp_path):
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["plain-1.json"]
     cell = json.loads((tmp_path / "cells" / "plain-1.json").read_text())
     assert (cell["recipe"], cell["seed"], cell["steps"]) == ("plain", 1, int(120 / SECONDS["plain"]))
-    assert (cell["options"], cell["machine"]) == (options_of("plain"), MACHINE)
+    assert (cell["options"], cell["machine"]) == (PLAN.options_of("plain"), MACHINE)
     assert cell["train_s"] == 100.0 + 3 * SECONDS["plain"]
     assert cell["tokens"] == 4 * TOKENS
     loss, entropy = (cell["changes"][name] for name in METRICS)
@@ -139,23 +149,46 @@ def test_a_run_that_was_stopped_goes_on(stand, tmp_path):
     assert (name, rest[-1]) == ("run", "--resume")
 
 
+def columns(text: str, start: str) -> list[str]:
+    """The cells of the row of a table that starts with this."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_the_report_is_of_what_is_there(stand, tmp_path):
-    text = sit(tmp_path, "plain,paper-adapters,mean:0")
-    (plain,) = [line for line in text.splitlines() if line.startswith("| plain")]
-    cells = [cell.strip() for cell in plain.split("|")[1:-1]]
-    # t(1 degree of freedom) = 12.706; s/sqrt(2) = 0.001; against the other the seeds' own parts cancel
-    assert cells[:7] == ["plain", str(int(120 / SECONDS["plain"])), "0.2", "-0.0300 ± 0.0127", "-0.1500 ± 0.0635",
-                         "-0.0200 ± 0.0000", "-0.0600 ± 0.0254"]  # fmt: skip
-    assert cells[7].startswith("-0.0290 ± 0.00")
-    (mean,) = [line for line in text.splitlines() if line.startswith("| mean |")]
-    columns = [cell.strip() for cell in mean.split("|")]
-    assert (columns[4], columns[6]) == ("+0.0010 ± –", "+0.0100 ± –")
-    assert mean.rstrip(" |").endswith("–")
+    text = sit(tmp_path, "plain,paper,mean:0")
+    table, against = text.split("| against paper | seeds |")
+    plain, mean = columns(table, "plain"), columns(table, "mean")
+    # t(1 degree of freedom) = 12.706; s/sqrt(2) = 0.001
+    minutes = f"{(100 + 3 * SECONDS['plain']) / 60:.3g}"
+    assert plain[:6] == ["plain", str(int(120 / SECONDS["plain"])), "0.2", minutes, "-0.0300 ± 0.0127",
+                         "-0.0600 ± 0.0254"]  # fmt: skip
+    assert plain[6].startswith("-0.0290 ± 0.00")
+    assert (mean[4], mean[7]) == ("+0.0010 ± –", "–")
+    # what a seed does to both cancels, and so does what a text does
+    assert columns(against, "plain") == ["plain", "2", "-0.0200 ± 0.0000 (-0.0200 to -0.0200)",
+                                         "-0.0400 ± 0.0000 (-0.0400 to -0.0400)"]  # fmt: skip
+    assert columns(against, "mean")[:3] == ["mean", "1", "+0.0100 ± – (+0.0100 to +0.0100)"]
+    assert "| paper |" not in against
     missing = json.loads((tmp_path / "progress.json").read_text())["missing"]
-    assert "mean:1" in missing
-    assert len(missing) == 2 * len(RECIPES) - 5
+    assert missing == ["mean:1", "short:0", "short:1"]
     assert f"Missing: {', '.join(missing)}." in text
     assert "Steps timed on: a processor, 2 threads, cpu." in text
+
+
+def test_the_interval_over_texts_is_of_the_difference(stand, tmp_path):
+    sit(tmp_path, "plain,paper", seeds="0")
+    path = tmp_path / "cells" / "plain-0.json"
+    cell = json.loads(path.read_text())
+    name = next(iter(METRICS))
+    sums, counts = cell["sums"][name]
+    cell["sums"][name] = [[sums[0] + 0.7, *sums[1:]], counts]  # one text more, by 0.7 over its 7 anchors
+    path.write_text(json.dumps(cell))
+    sit(tmp_path, "none", seeds="0")
+    row = json.loads((tmp_path / "progress.json").read_text())["recipes"]["plain"]["against"][name]
+    assert row["value"] == pytest.approx(-0.02 + 0.7 / 27)
+    assert row["low"] < row["value"] < row["high"]
+    assert row["standard_error"] > 0.005
 
 
 def test_other_sequences_are_refused(stand, tmp_path):
@@ -170,7 +203,8 @@ def test_other_sequences_are_refused(stand, tmp_path):
 
 def test_a_recipe_that_changed_is_refused(stand, tmp_path, monkeypatch):
     sit(tmp_path, "plain:0")
-    monkeypatch.setitem(RECIPES, "plain", "features=hidden estimator=rloo")
+    changed = {**PLAN.recipes, "plain": "features=hidden estimator=rloo"}
+    monkeypatch.setitem(progress.PLANS, "plan", dataclasses.replace(PLAN, recipes=changed))
     with pytest.raises(UsageError, match=r"steps\.json has plain with other estimator"):
         sit(tmp_path, "none")
     steps = json.loads((tmp_path / "steps.json").read_text())
@@ -181,26 +215,41 @@ def test_a_recipe_that_changed_is_refused(stand, tmp_path, monkeypatch):
 
 
 def test_cells_are_chosen_by_name():
-    assert progress.chosen_cells("plain, paper:1", [0, 1]) == [("plain", 0), ("plain", 1), ("paper", 1)]
-    assert progress.chosen_cells("all", [0]) == [(recipe, 0) for recipe in RECIPES]
-    assert progress.chosen_cells("none", [0]) == []
+    names = ("paper", "plain", "mean")
+    assert progress.chosen_cells("plain, paper:1", names, [0, 1]) == [("plain", 0), ("plain", 1), ("paper", 1)]
+    assert progress.chosen_cells("all", names, [0]) == [(recipe, 0) for recipe in names]
+    assert progress.chosen_cells("none", names, [0]) == []
     for wrong in ("plane", "plain:2", "plain:x", ""):
         with pytest.raises(UsageError, match="expected RECIPE or RECIPE:SEED"):
-            progress.chosen_cells(wrong, [0, 1])
+            progress.chosen_cells(wrong, names, [0, 1])
+
+
+def test_what_does_not_apply_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="other: expected a plan, half-hour or levers"):
+        progress.main(tmp_path, "other")
+    with pytest.raises(UsageError, match="--minutes 3: every recipe of this plan has its steps"):
+        progress.main(tmp_path, "levers", cells="none", minutes=3.0)
 
 
 # ---- recipes
 
 
-def parsed(recipe: str) -> dict:
-    return {name: parse_option(name, text) for name, text in options_of(recipe).items()}
+def parsed(plan: str, recipe: str) -> dict:
+    return {name: parse_option(name, text) for name, text in PLANS[plan].options_of(recipe).items()}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_accepted_by_run(recipe):
-    options = run_defaults() | parsed(recipe)
+@pytest.mark.parametrize(("plan", "recipe"), [(plan, recipe) for plan in PLANS for recipe in PLANS[plan].recipes])
+def test_every_recipe_is_accepted_by_run(plan, recipe):
+    options = run_defaults() | parsed(plan, recipe)
     assert resolve_run(options)["features"]
     assert options["batch"] % (options["micro_batch"] or 1) == 0
+
+
+def test_levers_see_as_many_sequences():
+    seen = {
+        options["batch"] * options["steps"] for options in (parsed("levers", name) for name in PLANS["levers"].recipes)
+    }
+    assert seen == {128}
 
 
 def in_full(options: dict) -> dict:
@@ -210,37 +259,40 @@ def in_full(options: dict) -> dict:
 
 def test_the_papers_recipe_is_that_of_its_preset():
     preset = yaml.safe_load((files("ebft") / "presets" / "paper-code.yaml").read_text())
-    # what is trained and for how long, and what changes no number
-    elsewhere = {"policy", "data", "length", "epochs", "seed", "ce_tokens", "checkpointing"}
-    ours = in_full(run_defaults() | parsed("paper-mixture"))
+    # what is trained and for how long, what changes no number, and the policy gradient alone
+    elsewhere = {"policy", "data", "length", "epochs", "seed", "ce_tokens", "checkpointing", "ce"}
+    ours = in_full(run_defaults() | parsed("half-hour", "paper"))
     theirs = in_full(run_defaults() | preset)
     compared = preset.keys() - elsewhere
     assert len(compared) > 25
     assert {n: ours[n] for n in compared} == {n: theirs[n] for n in compared}
-    assert parsed("paper") == parsed("paper-mixture") | {"ce": 0.0}
+    assert ours["ce"] == 0
 
 
-def test_defaults_are_those_of_run():
-    assert in_full(run_defaults() | parsed("defaults")) == in_full(run_defaults()) | {"dtype": "float32"}
+@pytest.mark.parametrize(("plan", "dtype"), [("half-hour", "float32"), ("levers", "auto")])
+def test_defaults_are_those_of_run(plan, dtype):
+    assert in_full(run_defaults() | parsed(plan, "defaults")) == in_full(run_defaults()) | {"dtype": dtype}
 
 
-def test_the_measurement_is_of_options_of_evaluate():
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_measurement_is_of_options_of_evaluate(plan):
     defaults = evaluate_defaults()
-    assert MEASURE.keys() <= defaults.keys()
-    assert resolve_maps({**defaults, "features": MEASURE["features"]}).keys() == {"hidden"}
-    (loss, _) = METRICS.values()
-    assert (loss.of, str(loss.at)) == (MEASURE["features"], MEASURE["horizons"])
+    assert plan.measure.keys() <= defaults.keys()
+    maps = resolve_maps({**defaults, "features": plan.measure["features"]})
+    *losses, _ = plan.metrics.values()
+    assert {loss.of for loss in losses} == maps.keys()
+    assert {str(loss.at) for loss in losses} == {plan.measure["horizons"]}
 
 
 def test_a_cell_by_the_real_commands(tiny_folder, tiny_text, tmp_path, monkeypatch):
     """A tiny model, in this process: the flags are taken and the files hold what is read."""
     shape = f"data={tiny_text} length=32 stride=7 first=5"
-    recipes = {"plain": f"{RECIPES['plain']} {shape} batch=2 rollouts=3"}
+    recipes = {"plain": f"{REWARD} {shape} batch=2 rollouts=3"}
+    measure = {**PLAN.measure, **parse(f"{shape} held_out=4 rollouts=3")}
+    plan = dataclasses.replace(PLAN, recipes=recipes, against="plain", measure=measure)
+    monkeypatch.setitem(progress.PLANS, "plan", plan)
     monkeypatch.setattr(progress, "POLICY", str(tiny_folder))
-    monkeypatch.setattr(progress, "MEASURE", MEASURE | parse(f"{shape} held_out=4 rollouts=3"))
     monkeypatch.setattr(progress, "PROBE", 2)
-    for module in (progress, progress_recipes, progress_report):
-        monkeypatch.setattr(module, "RECIPES", recipes)
     monkeypatch.setattr(progress, "command", lambda *arguments: app(list(arguments), standalone_mode=False))
     text = sit(tmp_path, "plain", minutes=1e-4, seeds="0")
     cell = json.loads((tmp_path / "cells" / "plain-0.json").read_text())
@@ -249,5 +301,5 @@ def test_a_cell_by_the_real_commands(tiny_folder, tiny_text, tmp_path, monkeypat
     assert 0 < abs(loss["value"]) < 1
     assert loss["standard_error"] > 0
     (plain,) = [line for line in text.splitlines() if line.startswith("| plain | 1 |")]
-    assert plain.split("|")[4].strip() == f"{loss['value']:+.4f} ± –"
+    assert plain.split("|")[5].strip() == f"{loss['value']:+.4f} ± –"
     assert 64 < cell["tokens"] <= 208  # 2 sequences of 32, with 3 rollouts of 8 from each of 3 anchors
