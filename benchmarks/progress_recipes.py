@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ebft.errors import flag
 from ebft.loops.evaluation import quantities
 from ebft.loops.evaluation.quantities import Quantity
 
@@ -102,4 +103,4 @@ PLANS = {"half-hour": HALF_HOUR, "levers": LEVERS}
 
 def flags(options: Mapping[str, str]) -> list[str]:
     """{a_b: 1} to --a-b 1."""
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return [word for name, value in options.items() for word in (flag(name), value)]

@@ -1,4 +1,4 @@
-"""The one exception for bad input: its message is written for the person at the keyboard."""
+"""The one exception for bad input, whose message is written for the person at the keyboard."""
 
 
 class UsageError(ValueError):
@@ -12,3 +12,8 @@ class UsageError(ValueError):
     """
 
     told = False
+
+
+def flag(option: str) -> str:
+    """An option as the user types it: `max_grad_norm` is ``--max-grad-norm``."""
+    return f"--{option.replace('_', '-')}"

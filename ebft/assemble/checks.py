@@ -16,7 +16,7 @@ from ebft.components import OPTION_NAMES, resolve_options
 from ebft.components.methods import GIVEN, METHOD_OPTIONS, METHODS
 from ebft.components.objectives import OBJECTIVES, objective_parts
 from ebft.distributed import started
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 
 GROUPS = ("sampler", "features", "whitening", "objective", "estimator", "pg", "optimizer", "lr_schedule")
 
@@ -190,9 +190,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options["credit"] is None:
         for name in OF_TOKENS:
             if options[name] is not None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {options[name]} is of rewards of tokens: add --credit reward_to_go"
-                )
+                raise UsageError(f"{flag(name)} {options[name]} is of rewards of tokens: add --credit reward_to_go")
     if rollouts == 1 and options["whitening"] in ("group", "sample"):
         raise UsageError(f"--whitening {options['whitening']} with --rollouts 1: one rollout has no moment; give more")
 
@@ -206,4 +204,4 @@ def check_ranges(options: Mapping[str, Any]) -> None:
     for name, least in _AT_LEAST.items():
         value = options.get(name)
         if value is not None and not (math.isfinite(value) and value >= least):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
+            raise UsageError(f"{flag(name)} {value}: expected a number >= {least}")

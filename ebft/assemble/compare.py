@@ -22,7 +22,7 @@ from ebft.assemble.evaluation import (
     settle_options,
 )
 from ebft.assemble.policy import run_options
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.files import clear_disk_errors, make_folder, write_atomically
 from ebft.loops.display import Display
 from ebft.loops.evaluation.plot import evaluation_png
@@ -65,7 +65,7 @@ def compare_from_options(
     if not evaluating:
         for option in explicit:
             raise UsageError(
-                f"--{option.replace('_', '-')} is for an evaluation, and runs are compared by what they left: add"
+                f"{flag(option)} is for an evaluation, and runs are compared by what they left: add"
                 " --evaluate to measure their policies"
             )
     out = new_folder(out, "compare")

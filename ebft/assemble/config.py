@@ -15,7 +15,7 @@ import torch
 from ebft import __version__
 from ebft.components.methods import with_defaults
 from ebft.distributed import size
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.files import write_json
 
 PACKAGES = ("torch", "transformers", "tensordict", "torchrl", "sentence-transformers", "peft")
@@ -81,7 +81,7 @@ def resumed_options(
     was, now = with_defaults(stored), with_defaults(options)
     changed = {name: options[name] for name in sorted(explicit) if now[name] != was.get(name)}
     if changed and not force:
-        differences = ", ".join(f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in changed.items())
+        differences = ", ".join(f"{flag(k)} {v} (was {was.get(k)})" for k, v in changed.items())
         raise UsageError(
             f"--resume goes on with the options of {out}, but {differences}: leave them out, or go on with the new ones"
             " with --force"

@@ -20,7 +20,7 @@ from ebft.components import choose, resolve_options
 from ebft.components.features import FEATURES
 from ebft.data.example_rows import prompt_rows
 from ebft.draw import check_sampling
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.features.contract import FeatureMap
 from ebft.loops.display import Display
 from ebft.loops.evaluation.run import Measured, Prompts, measure_policy
@@ -189,8 +189,7 @@ def load_data(options: Mapping[str, Any], explicit: Collection[str]) -> Data:
         for name in _ANSWERS:
             if name in explicit:
                 raise UsageError(
-                    f"--{name.replace('_', '-')} is for data with prompts and answers, and --data {options['data']} is"
-                    " plain text"
+                    f"{flag(name)} is for data with prompts and answers, and --data {options['data']} is plain text"
                 )
     return data
 
@@ -278,7 +277,7 @@ def _check(options: Mapping[str, Any]) -> None:
     least |= {"prompt_length": 1} if options["prompt_length"] is not None else {}
     for name, minimum in least.items():
         if options[name] < minimum:
-            raise UsageError(f"--{name.replace('_', '-')} {options[name]}: expected a number >= {minimum}")
+            raise UsageError(f"{flag(name)} {options[name]}: expected a number >= {minimum}")
     if not 0 < options["level"] < 1:
         raise UsageError(f"--level {options['level']}: expected a share between 0 and 1, such as 0.95")
     if options["horizons"] is not None and parse_numbers("horizons", options["horizons"])[-1] >= options["length"]:

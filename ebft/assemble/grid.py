@@ -12,7 +12,7 @@ from typing import Any
 from ebft.components import GROUPS, OPTION_NAMES, choose
 from ebft.components.component import nearest
 from ebft.components.methods import FURTHER, GIVEN, with_defaults
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.loops.ablation.results import Cell
 
 DEFAULT = "default"
@@ -111,7 +111,7 @@ def make_cells(
         for name in axes:
             if name in given:
                 raise UsageError(
-                    f"--{_flag(name)} {base[name]} and --over {name}: a grid takes its values from --over alone;"
+                    f"{flag(name)} {base[name]} and --over {name}: a grid takes its values from --over alone;"
                     " drop the former, or vary --one-at-a-time around it"
                 )
         settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -129,7 +129,7 @@ def make_cells(
         cells.append(Cell(chosen, {**options, **dict.fromkeys(dropped)}))
     for name in shared:
         if name not in used and name not in axes:
-            raise UsageError(f"--{_flag(name)} {base[name]} applies to no cell of this ablation: leave it out")
+            raise UsageError(f"{flag(name)} {base[name]} applies to no cell of this ablation: leave it out")
     return cells
 
 
@@ -159,7 +159,3 @@ def taken_options(options: Mapping[str, Any]) -> set[str]:
     further = FURTHER.get(filled.get("method", ""), {})
     chosen += [choose(group, name) for group, name in further.items()]
     return {option for component in chosen for option in component.options}
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebft.components import choose
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.objectives.kl import EXACT
 from ebft.objectives.kl_controllers import AdaptiveKL, ConstantKL, KLController, StopAbove
 from ebft.objectives.losses import EBFTLoss
@@ -36,7 +36,7 @@ def check_loss_options(options: Mapping[str, Any]) -> None:
             _refuse(options, name, "there is no divergence term; give --kl a weight above 0")
     for name, (weight, _) in _SCHEDULES.items():
         if options[name] is not None and not options[weight]:
-            _refuse(options, name, f"its weight is 0; give --{_flag(weight)} a number above 0")
+            _refuse(options, name, f"its weight is 0; give {flag(weight)} a number above 0")
     if options["kl_schedule"] is not None and options["kl_target"] is not None:
         _refuse(options, "kl_schedule", "the weight follows --kl-target; give one of the two")
     if options["kl_mode"] in EXACT and options["top_p"] < 1:
@@ -123,8 +123,4 @@ def build_controller(options: Mapping[str, Any]) -> KLController | None:
 
 def _refuse(options: Mapping[str, Any], name: str, why: str) -> None:
     if options[name] is not None:
-        raise UsageError(f"--{_flag(name)} {options[name]}: {why}")
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+        raise UsageError(f"{flag(name)} {options[name]}: {why}")

@@ -22,7 +22,7 @@ from ebft.assemble.reward import build_reward, build_values, decoder
 from ebft.assemble.run import observe_moments
 from ebft.components import choose
 from ebft.components.component import nearest
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.features.module import as_module
 from ebft.features.whitening import PopulationWhitening
 from ebft.files import write_json
@@ -116,7 +116,7 @@ def replay_from_options(
 
     for name in (*over, *given):
         if name not in REPLAYED:
-            raise UsageError(f"--{name.replace('_', '-')} with --replay: {_not_replayed(name)}")
+            raise UsageError(f"{flag(name)} with --replay: {_not_replayed(name)}")
     defaults = run_defaults()
     check_axes(over, defaults)
     td, config = load_rollouts(rollouts)

@@ -17,7 +17,7 @@ from ebft.data.example_rows import count_unfit, pack_examples, prompt_rows
 from ebft.data.examples import Example, Fields
 from ebft.data.named import DATA_SETS, Parts, half, load_parts, training_half
 from ebft.data.packing import pack
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.samplers.anchors import strided
 
 FIELDS = ("text_field", "prompt_field", "answer_field", "tests_field")  # what a file or hub data set calls its parts
@@ -75,19 +75,19 @@ def read_parts(options: Mapping[str, Any]) -> Parts:
         for name in FIELDS:
             if options[name] is not None:
                 raise UsageError(
-                    f"{_flag(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
+                    f"{_given(name, options)} names a field of a file or hub dataset, and --data {source} has fields of"
                     " its own: leave it out"
                 )
     elif given and text_field is not None:
         raise UsageError(
-            f"--text-field {text_field} is for plain text, and {_flag(f'{next(iter(given))}_field', options)} for"
+            f"--text-field {text_field} is for plain text, and {_given(f'{next(iter(given))}_field', options)} for"
             " examples: leave out one of them"
         )
     return load_parts(source, fields=Fields(**given) if given else None, text_field=text_field)
 
 
-def _flag(name: str, options: Mapping[str, Any]) -> str:
-    return f"--{name.replace('_', '-')} {options[name]}"
+def _given(name: str, options: Mapping[str, Any]) -> str:
+    return f"{flag(name)} {options[name]}"
 
 
 def pack_data(

@@ -19,7 +19,7 @@ from ebft.assemble.study_budget import Budget, Settings
 from ebft.components import OPTION_NAMES, choose
 from ebft.components.methods import GIVEN, with_defaults
 from ebft.data.examples import Example
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.loops.study.arms import ARMS
 
 
@@ -154,7 +154,7 @@ def arm_options(
         found[name] = options
     for name in flags:
         if name in (*OPTION_NAMES, *overlapping) and name not in used:
-            raise UsageError(f"{_flag(name)} {flags[name]} applies to no arm of this study: leave it out")
+            raise UsageError(f"{flag(name)} {flags[name]} applies to no arm of this study: leave it out")
     return found
 
 
@@ -191,12 +191,8 @@ def evaluation_options(
 
 def in_words_of_a_study(message: str) -> str:
     """An error of `evaluate`, with the names that a study gives to the options which it hands on."""
-    flags = {_flag(option): _flag(name) for option, name in {**_OF_SEQUENCES, **OF_ANSWERS}.items()}
+    flags = {flag(option): flag(name) for option, name in {**_OF_SEQUENCES, **OF_ANSWERS}.items()}
     return re.sub(r"--[a-z-]+", lambda found: flags.get(found[0], found[0]), message)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _taken_alone(options: Mapping[str, Any], *, strict: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:

@@ -14,7 +14,7 @@ import yaml
 from ebft.assemble.option_files import check_names, convert, read_option_file, read_preset, yaml_names
 from ebft.components.component import nearest
 from ebft.components.methods import METHODS
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.loops.study.arms import ARMS, BASE, needed
 
 _BUDGETS = files("ebft") / "budgets"
@@ -111,7 +111,7 @@ def settle_settings(budget: Budget, given: Mapping[str, Any], *, where: str, ver
         merged["arms"] = [name.strip() for name in merged["arms"].split(",") if name.strip()]
     for field in fields(Settings):
         if field.name not in merged:
-            raise UsageError(f"{where} says nothing of {field.name}: give --{field.name.replace('_', '-')}")
+            raise UsageError(f"{where} says nothing of {field.name}: give {flag(field.name)}")
     for arm in [name for name in merged["arms"] if name in ARMS and ARMS[name].verified and verifier is None]:
         if given.get("arms") is not None:
             raise UsageError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+from ebft.errors import flag
+
 EXAMPLES = ("components",)
 
 
@@ -18,7 +20,7 @@ def components() -> None:
         for name, entry in known.items():
             console.print(f"  [cyan]{name:<17}[/cyan] {escape(entry.summary)}", highlight=False, soft_wrap=True)
             flags = "  ".join(
-                f"--{option.replace('_', '-')} {'(none)' if default is None else default}"
+                f"{flag(option)} {'(none)' if default is None else default}"
                 for option, default in entry.options.items()
             )
             if flags:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ebft.commands.declared import of_text
 from ebft.commands.options import MODEL, given_options, option, with_options_of
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 
 EXAMPLES = (
     "data",
@@ -45,5 +45,5 @@ def data(
         print_card(name, policy=policy, console=Console(), fields=fields)
         return
     for field in given:
-        raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is of one data set: name it")
+        raise UsageError(f"{flag(field)} {fields[field]} is of one data set: name it")
     list_data_sets(Console())

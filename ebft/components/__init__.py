@@ -18,7 +18,7 @@ from ebft.components.optimizers import LR_SCHEDULES, OPTIMIZERS
 from ebft.components.policy_gradients import POLICY_GRADIENTS
 from ebft.components.samplers import SAMPLERS
 from ebft.components.whitenings import WHITENINGS
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 
 GROUPS = {
     "method": METHODS,
@@ -66,9 +66,7 @@ def resolve_options(chosen: Mapping[str, str], given: Mapping[str, Any]) -> dict
         if value is not None and option not in taken:
             takers = [f"{g} {n}" for g, known in GROUPS.items() for n, e in known.items() if option in e.options]
             selection = ", ".join(f"{group} {name}" for group, name in chosen.items())
-            raise UsageError(
-                f"--{option.replace('_', '-')} {value} does not apply to {selection}; it belongs to {', '.join(takers)}"
-            )
+            raise UsageError(f"{flag(option)} {value} does not apply to {selection}; it belongs to {', '.join(takers)}")
     return {
         group: {
             option: default if given.get(option) is None else given[option] for option, default in entry.options.items()

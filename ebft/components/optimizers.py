@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ebft.components.component import Component
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 
 # LBFGS wants to compute the loss several times a step, SparseAdam gradients that are sparse.
 _UNUSABLE = ("Optimizer", "LBFGS", "SparseAdam")
@@ -81,7 +81,7 @@ def _schedule(shape: Callable[[float], float], *, steps: int, warm_up: float, lr
     """
     for name, value in (("warm_up", warm_up), ("lr_end", lr_end)):
         if not 0 <= value <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected a share, a number in [0, 1]")
+            raise UsageError(f"{flag(name)} {value}: expected a share, a number in [0, 1]")
     rising = warm_up_steps(warm_up, steps)
 
     def factor(step: int) -> float:

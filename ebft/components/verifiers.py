@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ebft.components.component import nearest
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.objectives import verifiers
 from ebft.objectives.programs import programs
 
@@ -108,8 +108,7 @@ def make_verifier(*, verifier: str, group_aware: bool, **options: Any) -> Verifi
     for name, value in options.items():
         if value is not None and name not in defaults:
             takers = ", ".join(taker for taker, (taken, _) in _VERIFIERS.items() if name in taken)
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value} does not apply to --verifier {verifier}; it belongs to {takers}")
+            raise UsageError(f"{flag(name)} {value} does not apply to --verifier {verifier}; it belongs to {takers}")
     if group_aware and not own:
         raise UsageError(f"--group-aware: {verifier} looks at one text at a time; it is for a FILE.py:FUNCTION")
     score = build(**{name: value if options.get(name) is None else options[name] for name, value in defaults.items()})

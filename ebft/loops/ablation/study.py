@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ebft.errors import UsageError
+from ebft.errors import UsageError, flag
 from ebft.files import write_json
 from ebft.loops.ablation.results import shown
 from ebft.loops.display import Display
@@ -70,7 +70,7 @@ def refuse_other_options(run: Run, stored: Mapping[str, Any]) -> None:
     """
     wanted = json.loads(json.dumps(run.options))
     differing = [
-        f"--{name.replace('_', '-')} {value} (there {shown(stored[name])})"
+        f"{flag(name)} {value} (there {shown(stored[name])})"
         for name, value in wanted.items()
         if name in stored and stored[name] != value
     ]
