@@ -103,3 +103,8 @@ def parts(options, **changes):
     pipeline = build_pipeline(policy, policy.reference(), settle(options), resolve_run(options))
     rows = pack(load_documents(options["data"]), policy.tokenizer, length=options["length"])
     return policy, pipeline, rows[:8]
+
+
+def sample(text, *, prefix="The prefix", reward=0.25):
+    """A held-out sample as `samples.json` holds it, with one rollout before training and none after."""
+    return {"prefix": prefix, "target": text, "before": [{"text": text, "reward": reward}], "after": []}

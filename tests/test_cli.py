@@ -3,48 +3,14 @@
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from typer.main import get_command
-from typer.testing import CliRunner
 
 from ebft import cli
-from ebft.components import GROUPS, OPTION_NAMES
-from ebft.errors import UsageError
-from ebft.loops.interrupt import Interrupted
-
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = [
-    "--policy",
-    "--features",
-    "--sampler",
-    "--data",
-    "--length",
-    "--stride",
-    "--first",
-    "--horizon",
-    "--rollouts",
-    "--temperature",
-    "--top-p",
-    "--steps",
-    "--batch",
-    "--micro-batch",
-    "--lr",
-    "--ce",
-    "--kl",
-    "--diversity",
-    "--estimator",
-    "--seed",
-    "--device",
-    "--dtype",
-    "--lora",
-    "--out",
-    "--resume",
-]
+from tests.command_line import assert_refused, call
 
 
 @pytest.fixture
@@ -53,35 +19,15 @@ def run(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def call(**changes):
+    def of_run(**changes):
         options = {
             "policy": tiny_folder, "data": tiny_text, "features": "ngram", "device": "cpu", "dtype": "float32",
             "lora": 0, "length": 32, "stride": 9, "first": 5, "horizon": 4, "rollouts": 3, "steps": 1, "batch": 2,
             "held_out": 2, "out": tmp_path / "out", **changes,
         }  # fmt: skip
-        argv = ["ebft", "run"]
-        for name, value in options.items():
-            argv += [] if value is None else [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
+        return call(monkeypatch, capsys, "run", options)
 
-    return call
-
-
-def assert_refused(result, *parts):
-    """Exit code 2 and one message, with everything in `parts`, on stderr; no traceback."""
-    code, _, err = result
-    assert code == 2, err
-    messages = [line for line in err.splitlines() if "rror" in line]
-    assert len(messages) == 1, err
-    assert "Traceback" not in err
-    for part in parts:
-        assert str(part) in err, f"{part!r} not in {err!r}"
+    return of_run
 
 
 def left_behind(tmp_path):
@@ -269,186 +215,3 @@ def test_resuming_with_a_changed_option(run, tmp_path):
     stored = (tmp_path / "out" / "metrics.csv").read_bytes()
     assert_refused(run(resume=True, lr=0.5), "--lr 0.5 (was 0.001)", "leave them out")
     assert (tmp_path / "out" / "metrics.csv").read_bytes() == stored
-
-
-# The command `sample`
-
-
-@pytest.fixture
-def sample(run, tiny_folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.txt").write_text("def add(left, right):\n    return left + right\n" * 3)
-
-    def call(**changes):
-        options = {"text": tmp_path / "text.txt", "policy": tiny_folder, "device": "cpu", "dtype": "float32", **changes}
-        argv = [str(x) for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
-        monkeypatch.setattr(sys, "argv", ["ebft", "sample", *argv])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_sample_shows_prefix_text_and_rollouts(sample):
-    code, out, err = sample(rollouts=2, horizon=5, first=4, stride=10, length=32)
-    assert code == 0, err
-    lines = out.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith("   ") and line.split()[0].isdigit()] == [
-        "4",
-        "14",
-        "24",
-    ]
-    assert len([line for line in lines if line.startswith("    = ")]) == 3
-    assert out == sample(rollouts=2, horizon=5, first=4, stride=10, length=32)[1]
-
-
-@pytest.mark.parametrize("sampler", ["snapshot", "independent", "random"])
-def test_sample_by_another_sampler(sample, sampler):
-    options = {"rollouts": 2, "horizon": 5, "first": 4, "stride": 10, "length": 32}
-    strided, other = sample(**options), sample(sampler=sampler, **options)
-    assert other[0] == 0, other[2]
-    assert (other == strided) == (sampler != "random")  # the same anchors, the same keys, the same tokens
-    assert len([line for line in other[1].splitlines() if line.startswith("    = ")]) == 3
-
-
-def test_the_seed_of_a_sample_keys_its_anchors_too(sample):
-    options = {"sampler": "random", "rollouts": 1, "horizon": 2, "first": 4, "stride": 10, "length": 32}
-    out = [sample(seed=seed, **options)[1] for seed in (0, 1, 0)]
-    anchors = [[line.split()[0] for line in each.splitlines() if line[:5].strip().isdigit()] for each in out]
-    assert len(anchors[0]) == len(anchors[1]) == 3
-    assert anchors[0] != anchors[1]
-    assert out[0] == out[2]
-
-
-def test_sample_goes_on_after_the_text(sample):
-    code, out, err = sample(sampler="full", rollouts=3, horizon=60, length=24)
-    assert code == 0, err
-    lines = out.splitlines()
-    assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == ["24"]
-    assert not any(line.startswith("    = ") for line in lines)
-    assert sum(len(line) for line in lines[2:]) > 3 * 60
-
-
-def test_sample_reads_the_first_text_of_a_json_lines_file(sample, tmp_path):
-    text = "def add(left, right):\n    return left + right\n" * 3
-    (tmp_path / "text.txt").write_text(text)
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + '\n{"text": "another"}\n')
-    assert sample(text=tmp_path / "text.jsonl") == sample(text=tmp_path / "text.txt")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"text": "absent.txt"}, "--text absent.txt: no such file"),
-        ({"temperature": -1}, "--temperature -1"),
-        ({"temperature": "nan"}, "--temperature nan"),
-        ({"top_p": 0}, "top_p=0.0"),
-        ({"top_k": 0}, "top_k=0"),
-        ({"min_p": 2}, "min_p=2.0"),
-        ({"rollouts": 0}, "--rollouts 0"),
-        ({"stride": 0}, "--stride 0"),
-        ({"horizon": 500}, "horizon=500"),
-        ({"sampler": "whole"}, "unknown sampler 'whole'"),
-        ({"sampler": "full", "stride": 3}, "--stride 3 does not apply to sampler full"),
-    ],
-)
-def test_sample_refuses_bad_input(sample, changes, message):
-    assert_refused(sample(**changes), message)
-
-
-# Help
-
-
-@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
-def test_help_ends_with_examples_of_options_that_there_are(name):
-    result = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
-    assert result.exit_code == 0, result.output
-    said = result.output.partition(" Examples")[2].split("•")[1:]
-    examples = [" ".join(example.split()) for example in said]
-    assert examples
-    known = {flag for parameter in get_command(cli.app).commands[name].params for flag in parameter.opts}
-    for example in examples:
-        assert example.split()[:2] == ["ebft", name]
-        assert {word for word in example.split() if word.startswith("--")} <= known
-    assert "(default runs/" not in result.output or "(default runs/TIME" in result.output or name in ("ablate", "study")
-
-
-def test_run_help_mentions_every_option():
-    result = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
-    assert result.exit_code == 0
-    for option in OPTIONS:
-        assert option in result.stdout, option
-
-
-def test_every_option_of_a_component_is_one_of_the_command_line():
-    result = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
-    for name in OPTION_NAMES:
-        assert f"--{name.replace('_', '-')}" in result.stdout
-
-
-def test_components_lists_each_with_its_options():
-    result = CliRunner().invoke(cli.app, ["components"])
-    assert result.exit_code == 0
-    for group, known in GROUPS.items():
-        assert f"--{group}" in result.stdout
-        for name, entry in known.items():
-            assert name in result.stdout
-            for option, default in entry.options.items():
-                shown = "(none)" if default is None else default
-                assert f"--{option.replace('_', '-')} {shown}" in result.stdout
-
-
-# Exit codes
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UsageError("--odd [value]: expected [even]"), 2, "error: --odd [value]: expected [even]"),
-        (Interrupted("stopped after step 3"), 130, "stopped after step 3"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_exit_codes(monkeypatch, capsys, error, code, message):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("ebft.assemble.run_from_options", fail)
-    monkeypatch.setattr(sys, "argv", ["ebft", "run"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == code
-    assert message in capsys.readouterr().err
-
-
-# As processes
-
-
-def python(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def test_a_checkout_runs_by_its_script():
-    result = python("cli.py", "run", "--features", "sbrt")
-    assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: unknown features 'sbrt' (did you mean 'sbert'?)")
-
-
-def test_the_package_runs_as_a_module():
-    result = python("-m", "ebft", "--help")
-    assert result.returncode == 0
-    assert "components" in result.stdout
-
-
-def test_importing_is_light():
-    code = (
-        "import sys, time; import ebft; assert time.process_time() < 2; assert 'torch' not in sys.modules;"
-        "import ebft.samplers, ebft.features;"
-        "print([name for name in ('torchrl', 'sentence_transformers') if name in sys.modules])"
-    )
-    result = python("-c", code)
-    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
