@@ -2,9 +2,11 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from ebft.assemble import study_cells
 from ebft.assemble.ablate import check_cell
@@ -21,6 +23,8 @@ from ebft.assemble.study_budget import budget_names, read_budget, settle_setting
 from ebft.commands.derived import evaluate_defaults, run_defaults
 from ebft.errors import UsageError
 from ebft.loops.study.arms import ARMS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def judging(flags, *, task="qa-code", budget="small", tests=True):
@@ -40,6 +44,15 @@ def judging(flags, *, task="qa-code", budget="small", tests=True):
 def test_an_evaluation_without_flags_is_as_it_was():
     """Folders of studies that earlier versions began go on: an evaluation of other options is refused."""
     assert judging({})[1] == {name: evaluate_defaults()[name] for name in ("test_timeout", "test_prompt")}
+
+
+def test_training_and_scoring_judge_the_same_programs(tmp_path):
+    flags = {"test_timeout": 9.0, "test_prompt": False}
+    assert judging(flags) == [flags, flags]
+    own = yaml.safe_load((ROOT / "ebft/budgets/small.yaml").read_text())
+    own["run"]["test_timeout"], own["methods"]["rlvr"]["test_prompt"] = 8, False
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert judging({}, budget=str(tmp_path / "mine.yaml")) == [{"test_timeout": 8.0, "test_prompt": False}] * 2
 
 
 def test_how_programs_are_judged_applies_where_there_are_some():
