@@ -82,17 +82,18 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{given}, {len(seeds)} seeds. Change of held-out totals from the start, below 0 is better: ± half of the 95 %"
         " interval over seeds (– of one), for a single seed the standard error over sequences. Against: what is less"
         f" that of {against}, over the seeds that both have; in brackets the 95 % interval of that mean over texts."
-        " Tokens: of sequences and rollouts, in 10⁶; minutes: of training.",
+        " Tokens: of sequences and rollouts, in 10⁶; minutes: of training, by its median step.",
         "",
         _line(["recipe", "steps", "tokens", "minutes", *metrics, *(f"seed {seed}: {first}" for seed in seeds)]),
         "|---|" + "---:|" * (3 + len(metrics) + len(seeds)),
     ]
     for recipe, row in result["recipes"].items():
         cells = row["cells"]
-        spent = [fmean(cell["tokens"] for cell in cells.values()) / 1e6, fmean(_minutes(c) for c in cells.values())]
+        tokens = fmean(cell["tokens"] for cell in cells.values()) / 1e6
+        minutes = fmean(cell["step_s"] for cell in cells.values()) * row["steps"] / 60
         own = [_interval(t_interval(list(_changes(row, metric).values()))) for metric in metrics]
         singles = [_single(cells.get(seed), first) for seed in seeds]
-        lines.append(_line([recipe, str(row["steps"]), *(f"{x:.3g}" for x in spent), *own, *singles]))
+        lines.append(_line([recipe, str(row["steps"]), f"{tokens:.3g}", f"{minutes:.3g}", *own, *singles]))
     others = {recipe: row for recipe, row in result["recipes"].items() if row["against"]}
     if others:
         lines += ["", _line([f"against {against}", "seeds", *metrics]), "|---|" + "---:|" * (1 + len(metrics))]
@@ -108,10 +109,6 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _minutes(cell: Mapping[str, Any]) -> float:
-    return cell["train_s"] / 60
 
 
 def _changes(row: Mapping[str, Any], metric: str) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ebft.commands import (
     study,
     tilt,
 )
+from ebft.commands.once import OncePerOption
 from ebft.commands.options import examples
 from ebft.distributed import is_first, number, said_by_first, started
 from ebft.errors import UsageError
@@ -46,7 +47,7 @@ def _app(context: typer.Context) -> None:
 
 for module in (run, plan, evaluate, compare, sample, signal, tilt, ablate, study, rollouts, components, data):
     command = getattr(module, module.__name__.rpartition(".")[2])
-    app.command(epilog=examples(*module.EXAMPLES))(command)
+    app.command(cls=OncePerOption, epilog=examples(*module.EXAMPLES))(command)
 
 
 def main() -> None:

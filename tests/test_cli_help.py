@@ -85,6 +85,29 @@ def test_components_lists_each_with_its_options():
                 assert f"{flag(option)} {shown}" in result.stdout
 
 
+# Options given twice
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["evaluate", "--features", "hidden", "--features", "sbert"], "--features hidden --features sbert: given 2"),
+        (["run", "--lr=0.1", "--steps", "2", "--lr", "0.2"], "--lr=0.1 --lr 0.2: given 2 times, expected once"),
+        (["run", "--resume", "--out", "x", "--resume"], "--resume --resume: given 2 times"),
+        (["run", "--test-prompt", "--no-test-prompt"], "--test-prompt --no-test-prompt: given 2 times"),
+    ],
+)
+def test_an_option_given_twice_is_refused(argv, told):
+    result = CliRunner().invoke(cli.app, argv)
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception).startswith(told)
+
+
+def test_options_of_several_values_are_given_again():
+    result = CliRunner().invoke(cli.app, ["run", "--stop", "a", "--stop", "b"])
+    assert str(result.exception).startswith("--stop ['a', 'b'] does not apply to method ebft")
+
+
 # Exit codes
 
 
