@@ -42,7 +42,8 @@ def write(out: Path, plan: Plan, steps: Mapping[str, Any], seeds: Sequence[int])
                 found[str(seed)] = json.loads(path.read_text())
             else:
                 missing.append(f"{recipe}:{seed}")
-    rows = {recipe: _row(plan, steps["recipes"][recipe], recipe, cells) for recipe, found in cells.items() if found}
+    start = json.loads((out / "base.json").read_text()) if any(cells.values()) else {}
+    rows = {recipe: _row(plan, steps["recipes"][recipe], recipe, cells, start) for recipe, has in cells.items() if has}
     common = {"common": plan.common, "measure": plan.measure, "against": plan.against, "metrics": list(plan.metrics)}
     result = {"minutes": steps["minutes"], "seeds": list(seeds), **common, "missing": missing, "recipes": rows}
     write_json(out / "progress.json", result)
@@ -51,14 +52,20 @@ def write(out: Path, plan: Plan, steps: Mapping[str, Any], seeds: Sequence[int])
     return text
 
 
-def _row(plan: Plan, known: Mapping[str, Any], recipe: str, cells: Cells) -> dict[str, Any]:
-    """What is known of a recipe: its cells by seed, and over texts the mean of what they have less the other recipe."""
+def _row(plan: Plan, known: Mapping, recipe: str, cells: Cells, start: Mapping) -> dict[str, Any]:
+    """What is known of a recipe: its cells by seed; over texts, their mean less the start and less the other recipe."""
     kept = ("changes", "step_s", "train_s", "tokens", "machine", "versions")
     own = {seed: {key: cell[key] for key in kept} for seed, cell in cells[recipe].items()}
-    base = cells[plan.against]
-    pairs = [(base[seed], cell) for seed, cell in cells[recipe].items() if seed in base and recipe != plan.against]
-    row = {"options": known["options"], "steps": known["steps"], "timed_on": known.get("machine"), "cells": own}
-    return {**row, "against": _over_texts(pairs, plan.metrics) if pairs else {}}
+    base = cells[plan.against] if recipe != plan.against else {}
+    pairs = [(base[seed], cell) for seed, cell in cells[recipe].items() if seed in base]
+    return {
+        "options": known["options"],
+        "steps": known["steps"],
+        "timed_on": known.get("machine"),
+        "cells": own,
+        "change": _over_texts([(start, cell) for cell in cells[recipe].values()], plan.metrics),
+        "against": _over_texts(pairs, plan.metrics) if pairs else {},
+    }
 
 
 def _over_texts(pairs: Iterable[tuple[Mapping, Mapping]], metrics: Mapping[str, Quantity]) -> dict[str, dict]:
@@ -80,8 +87,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     first = metrics[0]
     lines = [
         f"{given}, {len(seeds)} seeds. Change of held-out totals from the start, below 0 is better: ± half of the 95 %"
-        " interval over seeds (– of one), for a single seed the standard error over sequences. Against: what is less"
-        f" that of {against}, over the seeds that both have; in brackets the 95 % interval of that mean over texts."
+        " interval over seeds (– of one), in brackets the 95 % interval over texts of the mean of these seeds; for a"
+        f" single seed ± the standard error over texts. Against: what is less that of {against}, over the seeds that"
+        " both have."
         " Tokens: of sequences and rollouts, in 10⁶; minutes: of training, by its median step.",
         "",
         _line(["recipe", "steps", "tokens", "minutes", *metrics, *(f"seed {seed}: {first}" for seed in seeds)]),
@@ -91,7 +99,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = row["cells"]
         tokens = fmean(cell["tokens"] for cell in cells.values()) / 1e6
         minutes = fmean(cell["step_s"] for cell in cells.values()) * row["steps"] / 60
-        own = [_interval(t_interval(list(_changes(row, metric).values()))) for metric in metrics]
+        own = [_two(t_interval(list(_changes(row, metric).values())), row["change"][metric]) for metric in metrics]
         singles = [_single(cells.get(seed), first) for seed in seeds]
         lines.append(_line([recipe, str(row["steps"]), f"{tokens:.3g}", f"{minutes:.3g}", *own, *singles]))
     others = {recipe: row for recipe, row in result["recipes"].items() if row["against"]}
@@ -100,7 +108,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     for recipe, row in others.items():
         base = result["recipes"][against]
         shared = [seed for seed in row["cells"] if seed in base["cells"]]
-        found = [_difference(row, base, metric) for metric in metrics]
+        found = [
+            _two(paired_interval(_changes(row, metric), _changes(base, metric)), row["against"][metric])
+            for metric in metrics
+        ]
         lines.append(_line([recipe, str(len(shared)), *found]))
     if result["missing"]:
         lines += ["", f"Missing: {', '.join(result['missing'])}."]
@@ -115,10 +126,9 @@ def _changes(row: Mapping[str, Any], metric: str) -> dict[str, float]:
     return {seed: cell["changes"][metric]["value"] for seed, cell in row["cells"].items()}
 
 
-def _difference(row: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> str:
-    """Of one metric, over seeds and over texts."""
-    over_seeds = _interval(paired_interval(_changes(row, metric), _changes(base, metric)))
-    return f"{over_seeds} ({row['against'][metric]['low']:+.4f} to {row['against'][metric]['high']:+.4f})"
+def _two(over_seeds: Interval, over_texts: Mapping[str, float]) -> str:
+    """A mean with its interval over seeds and the one over texts."""
+    return f"{_interval(over_seeds)} ({over_texts['low']:+.4f} to {over_texts['high']:+.4f})"
 
 
 def _machines(recipes: Mapping[str, Any]) -> list[str]:
