@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ebft import cli
@@ -22,6 +22,17 @@ def call(monkeypatch, capsys, command: str, options: Mapping[str, Any]) -> tuple
     except SystemExit as stop:
         code = stop.code or 0
     return code, *capsys.readouterr()
+
+
+def replaced(argv: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """A command line with options, of one value each, in the place of those of the same name."""
+    kept = list(argv)
+    for name, value in options.items():
+        if flag(name) in kept:
+            at = kept.index(flag(name))
+            del kept[at : at + 2]
+        kept += [flag(name), str(value)]
+    return kept
 
 
 def assert_refused(result, *parts):

@@ -12,7 +12,6 @@ import yaml
 
 from benchmarks import gradient_signal
 from benchmarks.gradient_signal import TABLES, Table
-from benchmarks.progress_recipes import flags
 from ebft.assemble import resolve_run, settle
 from ebft.assemble.checks import OF_TOKENS
 from ebft.assemble.configurations import OF_MATCHING, OF_SAMPLING, parse_configuration, parse_settings
@@ -22,6 +21,7 @@ from ebft.commands.run import run
 from ebft.files import write_json
 from ebft.loops.signal.plan import CROSS_ENTROPY
 from ebft.loops.signal.store import GradientStore
+from tests.command_line import replaced
 
 RESULTS = Path(gradient_signal.__file__).with_name("results")
 UNBIASED = ("rloo", "rloo_tuned", "none")
@@ -182,7 +182,7 @@ def test_the_real_command_on_a_tiny_model(tiny_folder, tiny_text, tmp_path, monk
     }
 
     def call(arguments, *, check):
-        app([*arguments[2:], *flags(own)], standalone_mode=False)  # the last of an option given twice counts
+        app(replaced(arguments[2:], own), standalone_mode=False)
 
     monkeypatch.setattr(gradient_signal, "subprocess", SimpleNamespace(run=call))
     out = tmp_path / "out"

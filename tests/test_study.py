@@ -29,6 +29,7 @@ from ebft.loops.ablation.tables import with_error
 from ebft.loops.interrupt import stop_after
 from ebft.loops.study.arms import ARMS
 from ebft.loops.study.choice import choose
+from tests.command_line import replaced
 from tests.runs import write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,8 +202,8 @@ def test_again_nothing_runs_and_another_configuration_is_refused(study):
     assert result.exit_code == 0, (result.output, result.exception)
     assert "26 of 26 runs are done already" in result.output
     assert (out / "results.csv").read_bytes() == before
-    for change in (["--ce", "0.1"], ["--prompts", "3"], ["--lr-grid", "ebft=0.02"], ["--seeds", "1,0"]):
-        result = invoke([*argv, *change])
+    for change in ({"ce": 0.1}, {"prompts": 3}, {"lr_grid": "sft=0.001,0.03"}, {"seeds": "1,0"}):
+        result = invoke(replaced(argv, change))
         assert isinstance(result.exception, UsageError), result.output
         assert "holds a study of another configuration" in str(result.exception)
     assert (out / "results.csv").read_bytes() == before
