@@ -37,7 +37,7 @@ from benchmarks.progress_recipes import PLANS, POLICY, Plan, flags
 from ebft.errors import UsageError
 from ebft.files import write_json
 from ebft.loops.evaluation.quantities import Quantity
-from ebft.loops.evaluation.result import look_up, paired_differences, read_totals
+from ebft.loops.evaluation.result import read_totals
 
 ROOT = Path(__file__).parents[1]
 PROBE = 4  # steps of the run that measures a step; the first of them pays for what is done once
@@ -144,13 +144,7 @@ def changes(
             f"base.json is of other held-out sequences ({', '.join(differing) or 'their tokens'}; Python"
             f" {before['python']}, here {after['python']}): expected those, or a folder of its own"
         )
-    entries = paired_differences(progress_report.totals_of(before, metrics), progress_report.totals_of(after, metrics))
-    found = {}
-    for name, quantity in metrics.items():
-        entry = look_up(entries, *quantity)
-        assert entry is not None
-        found[name] = {key: entry[key] for key in ("value", "low", "high", "standard_error")}
-    return found
+    return progress_report.differences([(before, after)], metrics)
 
 
 def measure(out: Path, cell: Cell, plan: Plan, steps: dict[str, Any]) -> None:

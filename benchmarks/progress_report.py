@@ -25,10 +25,21 @@ def path_of(out: Path, cell: tuple[str, int]) -> Path:
     return out / "cells" / f"{cell[0]}-{cell[1]}.json"
 
 
-def totals_of(measured: Mapping[str, Any], metrics: Mapping[str, Quantity]) -> Totals:
+def _totals(measured: Mapping[str, Any], metrics: Mapping[str, Quantity]) -> Totals:
     """The totals of every held-out sequence that a cell or the base keeps."""
     columns = {name: [torch.tensor(c, dtype=torch.float64) for c in measured["sums"][name]] for name in metrics}
     return {Quantity(*quantity): (columns[name][0], columns[name][1]) for name, quantity in metrics.items()}
+
+
+def differences(pairs: Iterable[tuple[Mapping, Mapping]], metrics: Mapping[str, Quantity]) -> dict[str, dict]:
+    """Metric -> value, low, high and standard_error of the mean over pairs of the second less the first, over texts."""
+    entries = mean_differences([(_totals(first, metrics), _totals(second, metrics)) for first, second in pairs])
+    found = {}
+    for name, quantity in metrics.items():
+        entry = look_up(entries, *quantity)
+        assert entry is not None
+        found[name] = {key: entry[key] for key in ("value", "low", "high", "standard_error")}
+    return found
 
 
 def write(out: Path, plan: Plan, steps: Mapping[str, Any], seeds: Sequence[int]) -> str:
@@ -63,19 +74,8 @@ def _row(plan: Plan, known: Mapping, recipe: str, cells: Cells, start: Mapping) 
         "steps": known["steps"],
         "timed_on": known.get("machine"),
         "cells": own,
-        "change": _over_texts([(start, cell) for cell in cells[recipe].values()], plan.metrics),
-        "against": _over_texts(pairs, plan.metrics) if pairs else {},
-    }
-
-
-def _over_texts(pairs: Iterable[tuple[Mapping, Mapping]], metrics: Mapping[str, Quantity]) -> dict[str, dict]:
-    """Metric -> value, low, high and standard_error of the mean difference."""
-    entries = mean_differences([(totals_of(a, metrics), totals_of(b, metrics)) for a, b in pairs])
-    found = {name: look_up(entries, *quantity) for name, quantity in metrics.items()}
-    return {
-        name: {key: entry[key] for key in ("value", "low", "high", "standard_error")}
-        for name, entry in found.items()
-        if entry is not None
+        "change": differences([(start, cell) for cell in cells[recipe].values()], plan.metrics),
+        "against": differences(pairs, plan.metrics) if pairs else {},
     }
 
 

@@ -10,9 +10,9 @@ from ebft import cli
 from ebft.errors import flag
 
 
-def call(monkeypatch, capsys, command: str, options: Mapping[str, Any]) -> tuple[int, str, str]:
+def call(monkeypatch, capsys, command: Sequence[Any], options: Mapping[str, Any]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; an option that is None is left out, one that is True stands alone."""
-    argv = ["ebft", command]
+    argv = ["ebft", *map(str, command)]
     for name, value in options.items():
         argv += [] if value is None else [flag(name)] + ([] if value is True else [str(value)])
     monkeypatch.setattr(sys, "argv", argv)

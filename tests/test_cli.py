@@ -25,7 +25,7 @@ def run(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
             "lora": 0, "length": 32, "stride": 9, "first": 5, "horizon": 4, "rollouts": 3, "steps": 1, "batch": 2,
             "held_out": 2, "out": tmp_path / "out", **changes,
         }  # fmt: skip
-        return call(monkeypatch, capsys, "run", options)
+        return call(monkeypatch, capsys, ["run"], options)
 
     return of_run
 

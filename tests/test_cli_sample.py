@@ -15,7 +15,7 @@ def sample(tiny_folder, tmp_path, monkeypatch, capsys):
 
     def of_sample(**changes):
         options = {"text": tmp_path / "text.txt", "policy": tiny_folder, "device": "cpu", "dtype": "float32", **changes}
-        return call(monkeypatch, capsys, "sample", options)
+        return call(monkeypatch, capsys, ["sample"], options)
 
     return of_sample
 

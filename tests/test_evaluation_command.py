@@ -2,15 +2,14 @@
 
 import csv
 import json
-import sys
 
 import pytest
 
-from ebft import cli
 from ebft.assemble.rows import read_data
 from ebft.commands.derived import run_defaults
 from ebft.data.examples import Example
 from ebft.data.named import DATA_SETS, DataSet
+from tests import command_line
 from tests.runs import go, write_problems
 
 
@@ -28,16 +27,7 @@ def call(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
         }  # fmt: skip
         if command[0] == "evaluate":
             options = {"policy": tiny_folder, **options}
-        argv = ["ebft", *map(str, command)]
-        for name, value in options.items():
-            argv += [] if value is None else [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
+        return command_line.call(monkeypatch, capsys, command, options)
 
     return call
 

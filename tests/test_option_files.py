@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import shutil
-import sys
 
 import pytest
 from typer.main import get_command
@@ -14,6 +13,7 @@ from ebft.assemble.option_files import _PRESETS, preset_names, read_option_file,
 from ebft.commands.declared import of_features
 from ebft.components import GROUPS
 from ebft.components.features import FEATURES
+from tests import command_line
 
 
 @pytest.fixture
@@ -24,13 +24,8 @@ def run(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
 
     def call(*argv):
         tiny = ["--policy", tiny_folder, "--data", tiny_text, "--device", "cpu", "--dtype", "float32"]
-        monkeypatch.setattr(sys, "argv", ["ebft", "run", *map(str, [*tiny, *argv])])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err
+        code, _, err = command_line.call(monkeypatch, capsys, ["run", *tiny, *argv], {})
+        return code, err
 
     return call
 

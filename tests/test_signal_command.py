@@ -1,11 +1,10 @@
 """`signal` as a command: what it leaves, that it goes on, and what it refuses."""
 
 import json
-import sys
 
 import pytest
 
-from ebft import cli
+from tests.command_line import call
 
 
 @pytest.fixture
@@ -14,26 +13,16 @@ def signal(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "250")
 
-    def call(*configs, **changes):
+    def of_signal(*configs, **changes):
         options = {
             "policy": tiny_folder, "data": tiny_text, "device": "cpu", "dtype": "float32", "lora": 2, "length": 32,
             "batches": 4, "batch": 2, "out": tmp_path / "out",
             "set": "stride=9 first=5 horizon=4 rollouts=3 features=ngram", **changes,
         }  # fmt: skip
-        argv = ["ebft", "signal"]
-        for name, value in options.items():
-            argv += [] if value is None else [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        for config in configs:
-            argv += ["--config", config]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
+        given = [part for config in configs for part in ("--config", config)]
+        return call(monkeypatch, capsys, ["signal", *given], options)
 
-    return call
+    return of_signal
 
 
 def test_every_lever_is_measured(signal, tmp_path):
