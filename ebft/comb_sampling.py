@@ -10,6 +10,7 @@ import torch
 
 from ebft import attention, static_state
 from ebft.draw import check_sampling, draw, keyed_uniform, sampling_log_probs
+from ebft.head_blocks import all_logits, product_dtype
 from ebft.layout import NestedPrefixLayout, layout_to_the_last_anchor
 
 if TYPE_CHECKING:
@@ -136,11 +137,16 @@ def _draw(
     choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden rows [R,H] and Q uniform numbers for each [R,Q] -> tokens and their log-probs [R,Q]."""
+    weight = policy.head_weight
+    logits: Callable[[torch.Tensor], torch.Tensor] = policy.logits
+    # a weight that autocast casts is left to it: it casts once for all calls
+    if weight is not None and weight.dtype == product_dtype(weight):
+        logits = partial(all_logits, weight=weight)
 
     def tokens_of(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if choose is None:
-            return draw(policy.logits(rows), numbers, **settings)
-        log_probs = sampling_log_probs(policy.logits(rows), **settings)
+            return draw(logits(rows), numbers, **settings)
+        log_probs = sampling_log_probs(logits(rows), **settings)
         tokens = choose(log_probs, numbers)
         return tokens, log_probs.gather(-1, tokens)
 

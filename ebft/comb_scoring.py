@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ebft.draw import check_sampling, is_truncated
 from ebft.errors import UsageError
@@ -16,9 +15,6 @@ from ebft.layout import NestedPrefixLayout
 
 if TYPE_CHECKING:
     from ebft.policy import CausalPolicy
-
-# Options of configurations by which some families change their logits, see `CausalPolicy.logits`.
-_LOGIT_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap")
 
 
 def score(
@@ -176,16 +172,9 @@ def _select(
         tokens,
         rows=policy.head_rows,
         settings=settings,
-        weight=_head_weight(policy),
+        weight=policy.head_weight,
         entropy=entropy,
     )
-
-
-def _head_weight(policy: CausalPolicy) -> torch.Tensor | None:
-    """The head's weight, if the head is a matrix and nothing else."""
-    head, config = policy.causal_lm.get_output_embeddings(), policy.causal_lm.config.get_text_config()
-    scaled = any(getattr(config, name, None) is not None for name in _LOGIT_SCALINGS)
-    return head.weight if type(head) is nn.Linear and head.bias is None and not scaled else None
 
 
 @torch.no_grad()

@@ -36,8 +36,16 @@ if TYPE_CHECKING:
 # Kernels of a policy: those of a comb, and one plain forward pass per rollout.
 KERNELS = (*attention.KERNELS, "rows")
 
+# Options of configurations by which some families change their logits, see `CausalPolicy.logits`.
+_LOGIT_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap")
+
 # Rows of the head that are computed at once, unless a policy is told otherwise.
 HEAD_ROWS = PerDevice(cpu=128, cuda=512)
+
+
+def scales_logits(config: Any) -> bool:
+    """Whether a model of this configuration does something to the logits of its head."""
+    return any(getattr(config.get_text_config(), name, None) is not None for name in _LOGIT_SCALINGS)
 
 
 class CausalPolicy:
@@ -299,6 +307,13 @@ class CausalPolicy:
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         cap = getattr(config, "logits_soft_cap", None) if cap is None else cap  # RecurrentGemma
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def head_weight(self) -> torch.Tensor | None:
+        """[V,H], if the head is a matrix and nothing else."""
+        head = self.causal_lm.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None and not scales_logits(self.causal_lm.config)
+        return head.weight if plain else None
 
     def _layers(self) -> nn.ModuleList:
         return decoder_layers(self.causal_lm)

@@ -14,7 +14,7 @@ from ebft.assemble import plan_from_options
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.planning.live import live_bytes
-from ebft.planning.memory import Kind, Work, measure_rates, sampling_bytes, scoring_bytes
+from ebft.planning.memory import Kind, Work, logits_at_once, measure_rates, sampling_bytes, scoring_bytes
 from ebft.planning.plan import count_weights, state_bytes
 from ebft.planning.products import multiply
 from ebft.planning.speed import Device, stage_seconds, update_seconds
@@ -86,10 +86,11 @@ def test_predicted_memory_of_the_stages_is_that_of_their_tensors(name):
         "score": live_bytes(score),
     }
     rates = measure_rates(config, kind)
+    logits = logits_at_once(config, policy.head_rows, policy.device)
     predicted = {
         "sample": sampling_bytes(config, kind, rates["embed"], work, head_rows=policy.head_rows),
         "embed": rates["embed"].at(LAYERS, work.trunk, work.teeth("embed")),
-        "score": scoring_bytes(config, kind, rates["score"], work, head_rows=policy.head_rows),
+        "score": scoring_bytes(config, kind, rates["score"], work, logits=logits),
     }
     ratios = {stage: predicted[stage] / true[stage] for stage in true}
     assert 0.9 < ratios["score"] < 1.1, ratios

@@ -14,7 +14,7 @@ import copy, json, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 from ebft.loading import add_adapters
-from ebft.planning.memory import Kind, Work, measure_rates, scoring_bytes
+from ebft.planning.memory import Kind, Work, logits_at_once, measure_rates, scoring_bytes
 from ebft.policy import CausalPolicy
 
 config = AutoConfig.for_model(
@@ -44,7 +44,8 @@ before = peak()
 score()
 taken = peak() - before
 rates = measure_rates(config, kind)
-print(json.dumps([scoring_bytes(config, kind, rates["score"], work, head_rows=policy.head_rows), taken]))
+logits = logits_at_once(config, policy.head_rows, policy.device)
+print(json.dumps([scoring_bytes(config, kind, rates["score"], work, logits=logits), taken]))
 """
 
 

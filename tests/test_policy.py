@@ -168,7 +168,6 @@ class LargestOverTheVocabulary(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
     size = 61
-    monkeypatch.setattr("ebft.head.ROWS_OF_A_WEIGHT_GRADIENT", 1)
     policy = CausalPolicy(tiny(name, vocab_size=size, hidden_size=16), head_rows=18)
     tokens, mask, anchors, anchor_mask, *_ = comb()
     with LargestOverTheVocabulary(size) as largest:
@@ -200,7 +199,7 @@ def test_the_reference_is_the_start_and_with_adapters_no_second_copy():
 
 
 def test_a_frozen_head_has_the_gradient_of_a_trained_one():
-    """The analytic gradient of `ebft.head` against autograd through the logits, at a temperature and N draws a row."""
+    """The analytic gradient of `ebft.head_blocks` against autograd through the logits, at a temperature and N draws a row."""
     results = []
     for frozen in (False, True):
         model = tiny("gpt2", dtype=torch.float64, tie_word_embeddings=False)

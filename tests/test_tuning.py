@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebft import head, static_decode
+from ebft import head_blocks, static_decode
 from ebft.attention import chunks, decode, static
 from ebft.policy import HEAD_ROWS, CausalPolicy
 from ebft.tuning import PerDevice
@@ -15,7 +15,7 @@ PARTS = {
     "chunked, rows": (chunks, "ROWS_PER_CALL"),
     "steps, columns": (decode, "COLUMNS_PER_CALL"),
     "static steps, columns": (static, "COLUMNS_PER_CALL"),
-    "rows of logits": (head, "ROWS_IN_CACHE"),
+    "tokens of the vocabulary": (head_blocks, "TOKENS_PER_BLOCK"),
 }
 
 
@@ -61,5 +61,5 @@ def test_results_do_not_depend_on_how_much_is_handled_at_once(name, captured, mo
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
         for ours, theirs in zip(gradients, usual[2], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max() + 1), rtol=0)
-    # a head that caps its logits goes through autograd
+    # a head that caps its logits is not taken in blocks
     assert len(asked) == len(PARTS) - (name == "gemma2")

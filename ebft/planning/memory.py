@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ebft.head import ROWS_OF_A_WEIGHT_GRADIENT
+from ebft.head_blocks import TOKENS_PER_BLOCK
 from ebft.loading import add_adapters
 from ebft.planning.live import live_bytes
-from ebft.policy import CausalPolicy
+from ebft.policy import CausalPolicy, scales_logits
 
 STAGES = ("embed", "score")
 _VOCABULARY = 64  # of the probes
@@ -122,14 +122,22 @@ def sampling_bytes(config: Any, kind: Kind, embed: Rates, work: Work, *, head_ro
     return kept_bytes(config, kind, work) + max(embed.at(1, work.trunk, 0), embed.at(1, work.columns, 0), drawing)
 
 
-def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_rows: int) -> float:
-    """What is kept for the backward pass, with one layer at work, and the head: one after the other if recomputed."""
+def logits_at_once(config: Any, head_rows: int, device: torch.device) -> int:
+    """Logits that scoring has at a time: of a block of the vocabulary, of all of it if the head scales its logits."""
+    text = config.get_text_config()
+    block = text.vocab_size if scales_logits(config) else min(text.vocab_size, TOKENS_PER_BLOCK.on(device))
+    return head_rows * block
+
+
+def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, logits: int) -> float:
+    """What is kept for the backward pass, with one layer at work, and the head: one after the other if recomputed.
+
+    `logits` is how many the head has at a time.
+    """
     text = config.get_text_config()
     trained, teeth = not kind.lora, work.teeth("score")
-    # logits of two chunks while the weight is trained, and two of its gradients; else logits, log-probs and a copy
-    at_once = max(ROWS_OF_A_WEIGHT_GRADIENT, head_rows)
-    rows = 2 * min(at_once, max(work.trunk, teeth)) if trained else 3 * head_rows
-    head = 4 * text.vocab_size * (rows + 2 * text.hidden_size * trained)
+    # logits, their exponentials and two copies; of a trained weight two gradients
+    head = 4 * (4 * logits + 2 * text.vocab_size * text.hidden_size * trained)
     layers = score.at(text.num_hidden_layers, work.trunk, teeth)
     if not kind.checkpointing:
         return layers + head
@@ -137,11 +145,10 @@ def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, head_row
     return max(layers, text.num_hidden_layers * states + head)
 
 
-def reading_bytes(config: Any, embed: Rates, work: Work, *, head_rows: int) -> float:
-    """What scoring without a backward pass adds: states of the sequences and rollouts, and the head's log-probs."""
-    text = config.get_text_config()
-    states = embed.at(text.num_hidden_layers, work.trunk, work.teeth("score"))
-    return states + 3 * 4 * text.vocab_size * head_rows
+def reading_bytes(config: Any, embed: Rates, work: Work, *, logits: int) -> float:
+    """What scoring without a backward pass adds: states of the sequences and rollouts, and the head's logits."""
+    states = embed.at(config.get_text_config().num_hidden_layers, work.trunk, work.teeth("score"))
+    return states + 3 * 4 * logits
 
 
 def probe_policy(config: Any, kind: Kind, layers: int) -> CausalPolicy:

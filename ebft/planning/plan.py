@@ -14,6 +14,7 @@ from ebft.planning.memory import (
     Kind,
     Work,
     kept_bytes,
+    logits_at_once,
     measure_rates,
     probe_policy,
     reading_bytes,
@@ -147,13 +148,14 @@ def predict(
     # the start scores one rollout of an anchor in held-out measurements, and all of them for a divergence in the loss
     read = [(replace(step.measured, rollouts=1), extra.whole), *[(scored, extra.forward)] * step.reference]
     head_rows = HEAD_ROWS.on(device)
+    logits = logits_at_once(config, head_rows, device)
     stages = {
         "sample": sampling_bytes(config, kind, rates["embed"], widest_drawn, head_rows=head_rows) + extra.whole,
         "embed": embed + step.taps * wide.teeth("embed") + embedding,
         "score": max(
-            scoring_bytes(config, kind, rates["score"], scored, head_rows=head_rows) + extra.backward,
+            scoring_bytes(config, kind, rates["score"], scored, logits=logits) + extra.backward,
             visiting["frozen copy"]
-            + max(reading_bytes(config, rates["embed"], work, head_rows=head_rows) + more for work, more in read),
+            + max(reading_bytes(config, rates["embed"], work, logits=logits) + more for work, more in read),
         ),
         # torch's optimizers make one more tensor of each weight, on a GPU of all weights at once
         "update": 4 * trained if device.type == "cuda" else 4 * text.vocab_size * text.hidden_size * (not kind.lora),
