@@ -199,7 +199,7 @@ def test_the_reference_is_the_start_and_with_adapters_no_second_copy():
 
 
 def test_a_frozen_head_has_the_gradient_of_a_trained_one():
-    """The analytic gradient of `ebft.head_blocks` against autograd through the logits, at a temperature and N draws a row."""
+    """The analytic gradient of `ebft.head_blocks` against autograd through the logits, at a temperature."""
     results = []
     for frozen in (False, True):
         model = tiny("gpt2", dtype=torch.float64, tie_word_embeddings=False)
