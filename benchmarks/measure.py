@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ebft.assemble.config import processor
+
 
 def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Wall time of one call, the device's queue empty before and after, and what it returned."""
@@ -108,7 +110,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: version(name) for name in ("ebft", "torch", "transformers", "peft")},

@@ -138,12 +138,18 @@ def fingerprint(sequence_ids: torch.Tensor) -> str:
     return hashlib.sha256(sequence_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
+def processor() -> str:
+    """Its name, and the instructions that torch uses of it: one name may stand for several generations."""
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where it ran."""
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": size(),
