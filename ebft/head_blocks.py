@@ -51,10 +51,11 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
         chosen, normalizer, inner = _begin(hidden, weight, tokens)
+        states = hidden.to(weight.dtype)
         mean = hidden.new_zeros(hidden.shape, dtype=normalizer.dtype)  # Σ p W over the tokens so far
         tilt = torch.zeros_like(mean) if entropy else None  # Σ p log p W
         for block, part in _tiles(weight, hidden, rows):
-            logits = _logits(hidden[part], weight[block], temperature)
+            logits = _logits(states[part], weight[block], temperature)
             chosen[part] += _of_chosen(logits, tokens[part], block)
             lost = _grow(normalizer[part], logits)
             probs = log_probs = logits.sub_(normalizer[part])
@@ -93,8 +94,9 @@ class TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
         chosen, normalizer, inner = _begin(hidden, weight, tokens)
+        states = hidden.to(weight.dtype)
         for block, part in _tiles(weight, hidden, rows):
-            logits = _logits(hidden[part], weight[block], temperature)
+            logits = _logits(states[part], weight[block], temperature)
             chosen[part] += _of_chosen(logits, tokens[part], block)
             lost = _grow(normalizer[part], logits)
             if entropy:
@@ -107,13 +109,13 @@ class TrainedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         hidden, weight, tokens, normalizer, inner = ctx.saved_tensors
+        states = hidden.to(weight.dtype)
         gradient, on_entropy = (found / ctx.temperature for found in gradients)
         pull = gradient.sum(-1, keepdim=True)
         on_hidden = hidden.new_zeros(hidden.shape, dtype=normalizer.dtype)
         on_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
         for block, part in _tiles(weight, hidden, ctx.rows):
-            states = hidden[part].to(weight.dtype)
-            log_probs = _logits(states, weight[block], ctx.temperature).sub_(normalizer[part])
+            log_probs = _logits(states[part], weight[block], ctx.temperature).sub_(normalizer[part])
             own_pull = pull[part]
             if ctx.entropy:
                 own_pull = own_pull + on_entropy[part, None] * (log_probs - inner[part])
@@ -121,7 +123,7 @@ class TrainedHead(torch.autograd.Function):
             places, inside = _places(tokens[part], block)
             slope = slope.scatter_add_(-1, places, gradient[part] * inside).to(weight.dtype)
             _add_product(on_hidden[part], slope, weight[block])
-            _add_product(on_weight[block], slope.T, states)
+            _add_product(on_weight[block], slope.T, states[part])
         return on_hidden.to(hidden.dtype), on_weight.to(weight.dtype), None, None, None, None
 
 
@@ -148,8 +150,8 @@ def _begin(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tens
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """h Wᵀ/τ [R,C] in at least float32."""
-    logits = (hidden.to(weight.dtype) @ weight.T).to(_at_least_float32(weight))
+    """h Wᵀ/τ [R,C] of hidden [R,H] in the weight's dtype, in at least float32."""
+    logits = (hidden @ weight.T).to(_at_least_float32(weight))
     return logits if temperature == 1 else logits.div_(temperature)
 
 

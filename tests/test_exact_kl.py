@@ -90,7 +90,7 @@ def test_from_the_start_of_adapters_only_they_have_a_gradient():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_no_more_than_a_chunk_of_logits_exists_at_a_time(name, monkeypatch):
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time(name):
     policy, start = (CausalPolicy(tiny(name, vocab_size=61, hidden_size=16, seed=s), head_rows=18) for s in (0, 1))
     batch = comb(rollouts=5, horizon=4)
     assert int(batch[-1].sum()) > 3 * 18

@@ -166,7 +166,7 @@ class LargestOverTheVocabulary(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
+def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name):
     size = 61
     policy = CausalPolicy(tiny(name, vocab_size=size, hidden_size=16), head_rows=18)
     tokens, mask, anchors, anchor_mask, *_ = comb()
