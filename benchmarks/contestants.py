@@ -180,13 +180,8 @@ def floor(policy: CausalPolicy, setting: Setting) -> Contestant:
     anchors = setting.inputs(policy).anchors
     layers, head = products.weights(policy)
     operands = products.Operands()
-    shape: dict[str, int] = {
-        "count": anchors.shape[1],
-        "rollouts": setting.rollouts,
-        "horizon": setting.horizon,
-        "head_rows": policy.head_rows,
-    }
-    sampling = products.sampling_products(layers, head, length=int(anchors.max()), **shape)
+    shape: dict[str, int] = {"count": anchors.shape[1], "rollouts": setting.rollouts, "horizon": setting.horizon}
+    sampling = products.sampling_products(layers, head, length=int(anchors.max()), head_rows=policy.head_rows, **shape)
     scoring = products.scoring_products(layers, head, length=setting.length, **shape)
 
     def sample() -> torch.Tensor:

@@ -97,12 +97,11 @@ def work(job: Job, policy: CausalPolicy) -> dict[str, int]:
     """Operations of the products of a step's sampling, embedding and scoring with backward, all weights trained."""
     sizes = job.sizes
     layers, head = weights(policy)
-    shape = {"length": sizes.length, "count": job.anchors, "rollouts": sizes.rollouts}
-    shape |= {"horizon": sizes.horizon, "head_rows": policy.head_rows}
+    shape = {"length": sizes.length, "count": job.anchors, "rollouts": sizes.rollouts, "horizon": sizes.horizon}
     body = operations([(weight, 1) for weight in layers])
     tokens = sizes.length + shape["count"] * sizes.rollouts * sizes.horizon
     each = {
-        "sample": operations(sampling_products(layers, head, **shape)),
+        "sample": operations(sampling_products(layers, head, head_rows=policy.head_rows, **shape)),
         "embed": int(max(LAYERS) * body * tokens),
         "score": 3 * operations(scoring_products(layers, head, **shape)),
     }

@@ -23,12 +23,13 @@ def chosen_log_probs(
     weight: torch.Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of Q tokens from each of R hidden states, `rows` states at a time, and the entropy on request.
+    """Log-probs of Q tokens from each of R hidden states, some states at a time, and the entropy on request.
 
     Args:
         logits: the head, [R,H] -> [R,V].
         hidden: [R,H], with gradient.
         tokens: [R,Q] int64.
+        rows: states whose logits are computed at once, unless `weight` is given.
         settings: temperature, top_p, ... of `ebft.draw.sampling_log_probs`.
         weight: [V,H], when the head is ``hidden @ weight.T`` and nothing else. Then a few tokens of the vocabulary are
             handled at a time, and the gradient is written out (`ebft.head_blocks`). Any other head goes through
@@ -43,7 +44,7 @@ def chosen_log_probs(
         wanted = torch.is_grad_enabled() and hidden.requires_grad
         head = FrozenHead if wanted and not weight.requires_grad else TrainedHead  # for values alone the latter, too
         # cast once, not for every chunk; the gradient of a trained weight is cast back
-        chosen, spread = head.apply(hidden, weight.to(product_dtype(weight)), tokens, temperature, rows, entropy)
+        chosen, spread = head.apply(hidden, weight.to(product_dtype(weight)), tokens, temperature, entropy)
         return chosen, spread if entropy else None
 
     def chunk(part: torch.Tensor, picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

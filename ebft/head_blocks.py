@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ebft.tuning import PerDevice
 
-# Tokens of the vocabulary handled at once. Of a CPU: the logits of 128 states are 1 MiB. On a GPU: all there are.
-TOKENS_PER_BLOCK = PerDevice(cpu=2048, cuda=1 << 20)
+# Tokens of the vocabulary handled at once, and states with each block of them. On a CPU their logits are 2 MiB, which
+# its caches hold, and products of this shape are as fast as larger ones. On a GPU a block has all tokens.
+TOKENS_PER_BLOCK = PerDevice(cpu=1024, cuda=1 << 20)
+STATES_PER_BLOCK = PerDevice(cpu=512, cuda=512)
 
 # The normalizer of no token: finite, so that its difference to another one, times zero, is zero.
 _OF_NOTHING = -1e30
@@ -49,12 +51,12 @@ class FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
+    def forward(ctx, hidden, weight, tokens, temperature, entropy):
         chosen, normalizer, inner = _begin(hidden, weight, tokens)
         states = hidden.to(weight.dtype)
         mean = hidden.new_zeros(hidden.shape, dtype=normalizer.dtype)  # Σ p W over the tokens so far
         tilt = torch.zeros_like(mean) if entropy else None  # Σ p log p W
-        for block, part in _tiles(weight, hidden, rows):
+        for block, part in _tiles(weight, hidden):
             logits = _logits(states[part], weight[block], temperature)
             chosen[part] += _of_chosen(logits, tokens[part], block)
             lost = _grow(normalizer[part], logits)
@@ -82,7 +84,7 @@ class FrozenHead(torch.autograd.Function):
         rows = rows - gradient.sum(-1, keepdim=True) * mean
         if tilt:
             rows = rows - on_entropy[:, None] * tilt[0]
-        return (rows / ctx.temperature).to(ctx.dtype), None, None, None, None, None
+        return (rows / ctx.temperature).to(ctx.dtype), None, None, None, None
 
 
 class TrainedHead(torch.autograd.Function):
@@ -92,10 +94,10 @@ class TrainedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, rows, entropy):
+    def forward(ctx, hidden, weight, tokens, temperature, entropy):
         chosen, normalizer, inner = _begin(hidden, weight, tokens)
         states = hidden.to(weight.dtype)
-        for block, part in _tiles(weight, hidden, rows):
+        for block, part in _tiles(weight, hidden):
             logits = _logits(states[part], weight[block], temperature)
             chosen[part] += _of_chosen(logits, tokens[part], block)
             lost = _grow(normalizer[part], logits)
@@ -103,7 +105,7 @@ class TrainedHead(torch.autograd.Function):
                 log_probs = logits.sub_(normalizer[part])
                 _rescale(inner[part], lost).add_((log_probs.exp() * log_probs).sum(-1, keepdim=True))
         ctx.save_for_backward(hidden, weight, tokens, normalizer, inner)
-        ctx.temperature, ctx.rows, ctx.entropy = temperature, rows, entropy
+        ctx.temperature, ctx.entropy = temperature, entropy
         return chosen - normalizer, -inner[:, 0]
 
     @staticmethod
@@ -114,7 +116,7 @@ class TrainedHead(torch.autograd.Function):
         pull = gradient.sum(-1, keepdim=True)
         on_hidden = hidden.new_zeros(hidden.shape, dtype=normalizer.dtype)
         on_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
-        for block, part in _tiles(weight, hidden, ctx.rows):
+        for block, part in _tiles(weight, hidden):
             log_probs = _logits(states[part], weight[block], ctx.temperature).sub_(normalizer[part])
             own_pull = pull[part]
             if ctx.entropy:
@@ -124,7 +126,7 @@ class TrainedHead(torch.autograd.Function):
             slope = slope.scatter_add_(-1, places, gradient[part] * inside).to(weight.dtype)
             _add_product(on_hidden[part], slope, weight[block])
             _add_product(on_weight[block], slope.T, states[part])
-        return on_hidden.to(hidden.dtype), on_weight.to(weight.dtype), None, None, None, None
+        return on_hidden.to(hidden.dtype), on_weight.to(weight.dtype), None, None, None
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:
@@ -137,9 +139,10 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + few, size)) for start in range(0, size, few))
 
 
-def _tiles(weight: Tensor, hidden: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of the vocabulary, and for each all states of hidden [R,H], so many `rows` at a time."""
-    return ((block, slice(start, start + rows)) for block in _blocks(weight) for start in range(0, len(hidden), rows))
+def _tiles(weight: Tensor, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks of the vocabulary of weight [V,H], and for each all states of hidden [R,H], some at a time."""
+    few = STATES_PER_BLOCK.on(hidden.device)
+    return ((block, slice(start, start + few)) for block in _blocks(weight) for start in range(0, len(hidden), few))
 
 
 def _begin(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,7 +64,7 @@ class CausalPolicy:
             ``rows``: one plain forward pass per rollout. None: the fastest known for the model and its device.
         checkpointing: keep only what enters each decoder layer for the backward pass of `score`, and compute the rest
             again: about a third more time, a fraction of the memory.
-        head_rows: rows of the head computed at once; None: as many as are fast on the device.
+        head_rows: rows of logits of the whole vocabulary computed at once; None: as many as are fast on the device.
         decode: how `sample` runs its steps: ``eager``, without what has ended; ``compile`` or ``graph``, with static
             shapes through torch.compile or as one CUDA graph (`ebft.static_decode`).
         offload_frozen: keep `reference()`, where it is a copy, and other frozen networks of this policy in CPU memory

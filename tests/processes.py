@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,10 +155,8 @@ def check_halves(folder: Path, results: dict[str, Any], kind: str) -> None:
 
 
 def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What `work` returns in each of `count` processes as torchrun starts them; None where it failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """What `work` returns in each of `count` processes as torchrun starts them; where one fails, so does this."""
+    port = free_port()
     children = []
     for process in range(count):
         child = os.fork()
@@ -171,13 +171,27 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
                 sys.stderr.flush()
                 os._exit(0)
         children.append(child)
-    results = []
-    for process, child in enumerate(children):
+    for child in children:
         os.waitpid(child, 0)
-        path = folder / f"{process}.pickle"
-        results.append(pickle.loads(path.read_bytes()) if path.is_file() else None)
-        path.unlink(missing_ok=True)
+    left = [folder / f"{process}.pickle" for process in range(count)]
+    results = [pickle.loads(path.read_bytes()) for path in left]  # what is missing was told on stderr
+    for path in left:
+        path.unlink()
     return results
+
+
+def free_port() -> int:
+    """A port that nobody listens at, below those that the system gives out unasked.
+
+    One of the latter can be taken by any connection between this answer and the process that listens there.
+    """
+    ports = list(range(20_000, 32_000))
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port from 20000 to 31999")
 
 
 def whole_run(options: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:

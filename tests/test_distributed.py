@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from ebft.errors import UsageError
 from ebft.loading import choose_device
 from ebft.loops.interrupt import stop_requests
 from ebft.policy import CausalPolicy
-from tests.processes import COUNTS, COUNTS_OF, HALVES, LOST, ROOT, check_halves, close, left_by
+from tests.processes import COUNTS, COUNTS_OF, HALVES, LOST, ROOT, check_halves, close, free_port, left_by
 from tests.runs import go, metrics
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness forks, and reads /proc")
@@ -242,9 +241,7 @@ def test_torchrun_and_a_process_that_is_killed(tiny_folder, tiny_text, options, 
 @linux
 def test_two_machines_are_one_run(tiny_folder, tiny_text, tmp_path):
     """As far as one machine shows it: an agent of torchrun for each, that meet at a port, and a folder for both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "policy": tiny_folder, "data": tiny_text, "features": "ngram", "device": "cpu", "dtype": "float32", "lora": 0,
         "length": 32, "horizon": 4, "first": 5, "steps": 2, "batch": 3, "held-out": 2, "optimizer": "sgd", "lr": 0.1,

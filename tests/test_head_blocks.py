@@ -25,6 +25,17 @@ def plainly(hidden, weight, tokens, temperature):
     return log_probs.gather(-1, tokens), -(log_probs.exp() * log_probs).sum(-1)
 
 
+@pytest.fixture
+def handled(monkeypatch):
+    """handled(tokens, states): so many of them are handled at once."""
+
+    def set_to(tokens, states=3):
+        for name, count in (("TOKENS_PER_BLOCK", tokens), ("STATES_PER_BLOCK", states)):
+            monkeypatch.setattr(head_blocks, name, PerDevice(cpu=count, cuda=1))
+
+    return set_to
+
+
 def pulled(chosen, entropy):
     """A sum whose gradient differs from state to state and from token to token."""
     return sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in (chosen, entropy))
@@ -34,14 +45,14 @@ def pulled(chosen, entropy):
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_values_and_gradients(block, rows, temperature, entropy, monkeypatch):
-    monkeypatch.setattr(head_blocks, "TOKENS_PER_BLOCK", PerDevice(cpu=block, cuda=1))
+def test_values_and_gradients(block, rows, temperature, entropy, handled):
+    handled(block, rows)
     hidden, weight, tokens = operands()
     wanted = plainly(hidden, weight, tokens, temperature)
     on_hidden, on_weight = torch.autograd.grad(pulled(wanted[0], wanted[1] * entropy), (hidden, weight))
     for head, trained in ((TrainedHead, True), (FrozenHead, False)):
         matrix = weight.detach().requires_grad_(trained)
-        found = head.apply(hidden, matrix, tokens, temperature, rows, entropy)
+        found = head.apply(hidden, matrix, tokens, temperature, entropy)
         torch.testing.assert_close(found[0], wanted[0], atol=1e-12, rtol=0)
         if entropy:
             torch.testing.assert_close(found[1], wanted[1], atol=1e-12, rtol=0)
@@ -51,16 +62,16 @@ def test_values_and_gradients(block, rows, temperature, entropy, monkeypatch):
             torch.testing.assert_close(got[1], on_weight, atol=1e-12, rtol=0)
 
 
-def test_logits_that_differ_by_thousands(monkeypatch):
+def test_logits_that_differ_by_thousands(handled):
     """In float32 nothing overflows, and what is said of a token is right to the rounding of its logit."""
-    monkeypatch.setattr(head_blocks, "TOKENS_PER_BLOCK", PerDevice(cpu=5, cuda=1))
+    handled(5)
     hidden, weight, tokens = operands(torch.float32, scale=3000)
     exact = [x.double() for x in (hidden, weight)]
     wanted = plainly(*exact, tokens, 1.0)
     largest = float((exact[0] @ exact[1].T).detach().abs().max())
     assert largest > 5000
     for head in (TrainedHead, FrozenHead):
-        found = head.apply(hidden, weight.detach().requires_grad_(head is TrainedHead), tokens, 1.0, 3, True)
+        found = head.apply(hidden, weight.detach().requires_grad_(head is TrainedHead), tokens, 1.0, True)
         for got, value in zip(found, wanted, strict=True):
             torch.testing.assert_close(got.double(), value, atol=largest * 2**-22, rtol=0)
         gradient = torch.autograd.grad(pulled(*found), hidden)[0]
@@ -68,14 +79,14 @@ def test_logits_that_differ_by_thousands(monkeypatch):
 
 
 @pytest.mark.parametrize("head", [TrainedHead, FrozenHead])
-def test_half_precision_rounds_as_the_products_of_the_whole_vocabulary_do(head, monkeypatch):
+def test_half_precision_rounds_as_the_products_of_the_whole_vocabulary_do(head, handled):
     """Logits are rounded, sums over blocks are not: values differ by float32's rounding alone."""
     hidden, weight, tokens = operands(torch.float32)
     results = []
     for block in (5, 1000):
-        monkeypatch.setattr(head_blocks, "TOKENS_PER_BLOCK", PerDevice(cpu=block, cuda=1))
+        handled(block)
         matrix = weight.detach().bfloat16().requires_grad_(head is TrainedHead)
-        found = head.apply(hidden, matrix, tokens, 0.6, 3, True)
+        found = head.apply(hidden, matrix, tokens, 0.6, True)
         results.append((*found, torch.autograd.grad(pulled(*found), hidden)[0]))
     (chosen, entropy, gradient), whole = results
     assert chosen.dtype == entropy.dtype == gradient.dtype == torch.float32
@@ -85,22 +96,22 @@ def test_half_precision_rounds_as_the_products_of_the_whole_vocabulary_do(head, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_all_logits(dtype, monkeypatch):
-    monkeypatch.setattr(head_blocks, "TOKENS_PER_BLOCK", PerDevice(cpu=5, cuda=1))
+def test_all_logits(dtype, handled):
+    handled(5)
     hidden, weight, _ = (x.detach() for x in operands(dtype))
     found, whole = all_logits(hidden, weight), hidden @ weight.T
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(found, whole.to(found.dtype), atol=32 * torch.finfo(dtype).eps, rtol=0)
 
 
-def test_no_larger_tensor_than_a_block_of_logits(monkeypatch):
+def test_no_larger_tensor_than_a_block_of_logits(handled, monkeypatch):
     """The tallest and widest thing over the vocabulary: so many rows of one block."""
-    monkeypatch.setattr(head_blocks, "TOKENS_PER_BLOCK", PerDevice(cpu=5, cuda=1))
+    handled(5)
     seen = []
     inner = head_blocks._logits
     monkeypatch.setattr(head_blocks, "_logits", lambda *given: seen.append(inner(*given)) or seen[-1])
     hidden, weight, tokens = operands()
-    found = TrainedHead.apply(hidden, weight, tokens, 1.0, 3, False)
+    found = TrainedHead.apply(hidden, weight, tokens, 1.0, False)
     found[0].sum().backward()
     shapes = {tuple(x.shape) for x in seen}
     assert shapes == {(3, 5), (1, 5), (3, 3), (1, 3)}

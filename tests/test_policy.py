@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ebft import head_blocks
 from ebft.architectures import lost_windows
 from ebft.draw import sampling_log_probs
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.policy import CausalPolicy
 from ebft.samplers import independent, snapshot
+from ebft.tuning import PerDevice
 from tests.models import NAMES, UNSHARED, VOCABULARY, independent_score, plain_logits, tiny
 
 # Families whose norms, rotations and softmax keep the weights' precision; the others compute in float32 inside.
@@ -166,8 +168,9 @@ class LargestOverTheVocabulary(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name):
+def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
     size = 61
+    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=18, cuda=1))
     policy = CausalPolicy(tiny(name, vocab_size=size, hidden_size=16), head_rows=18)
     tokens, mask, anchors, anchor_mask, *_ = comb()
     with LargestOverTheVocabulary(size) as largest:

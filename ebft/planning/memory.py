@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ebft.head_blocks import TOKENS_PER_BLOCK
+from ebft.head_blocks import STATES_PER_BLOCK, TOKENS_PER_BLOCK
 from ebft.loading import add_adapters
 from ebft.planning.live import live_bytes
 from ebft.policy import CausalPolicy, scales_logits
@@ -123,10 +123,11 @@ def sampling_bytes(config: Any, kind: Kind, embed: Rates, work: Work, *, head_ro
 
 
 def logits_at_once(config: Any, head_rows: int, device: torch.device) -> int:
-    """Logits that scoring has at a time: of a block of the vocabulary, of all of it if the head scales its logits."""
-    text = config.get_text_config()
-    block = text.vocab_size if scales_logits(config) else min(text.vocab_size, TOKENS_PER_BLOCK.on(device))
-    return head_rows * block
+    """Logits that scoring has at a time: of a block of the vocabulary, or `head_rows` whole rows, if it scales them."""
+    size = config.get_text_config().vocab_size
+    if scales_logits(config):
+        return head_rows * size
+    return STATES_PER_BLOCK.on(device) * min(size, TOKENS_PER_BLOCK.on(device))
 
 
 def scoring_bytes(config: Any, kind: Kind, score: Rates, work: Work, *, logits: int) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ebft.errors import UsageError
+from ebft.head_blocks import STATES_PER_BLOCK, TOKENS_PER_BLOCK
 from ebft.policy import CausalPolicy
 
 # A product: the weight [O,I] and the number of rows [rows,I] it is applied to.
@@ -52,10 +53,12 @@ def sampling_products(
 ) -> list[Product]:
     """All products of one sequence's sampling: the trunk, the head at K rows, then G-1 steps of K·N rows.
 
-    `length` is the last anchor: nothing sees what follows it.
+    Args:
+        length: the last anchor: nothing sees what follows it.
+        head_rows: states that the head is applied to at once.
     """
-    products = [(weight, length) for weight in layers] + in_chunks(head, count, head_rows)
-    step = [(weight, count * rollouts) for weight in layers] + in_chunks(head, count * rollouts, head_rows)
+    products = [(weight, length) for weight in layers] + in_blocks(head, count, head_rows)
+    step = [(weight, count * rollouts) for weight in layers] + in_blocks(head, count * rollouts, head_rows)
     return products + step * (horizon - 1)
 
 
@@ -67,17 +70,23 @@ def scoring_products(
     count: int,
     rollouts: int,
     horizon: int,
-    head_rows: int,
 ) -> list[Product]:
     """All products of one sequence's scoring: T + K·N·(G-1) rows, the head at the anchors, the teeth and the trunk."""
     teeth = count * rollouts * (horizon - 1)
-    heads = [product for rows in (count, teeth, length - 1) for product in in_chunks(head, rows, head_rows)]
+    few = STATES_PER_BLOCK.on(head.device)
+    heads = [product for rows in (count, teeth, length - 1) for product in in_blocks(head, rows, few)]
     return [(weight, length + teeth) for weight in layers] + heads
 
 
-def in_chunks(weight: torch.Tensor, rows: int, size: int) -> list[Product]:
-    """One weight applied to `rows` rows, `size` at a time."""
-    return [(weight, min(size, rows - start)) for start in range(0, rows, size)]
+def in_blocks(head: torch.Tensor, rows: int, size: int) -> list[Product]:
+    """The head applied to `rows` states, `size` of them and a block of its vocabulary at a time.
+
+    So the policy does it, and no other shape was found to be faster.
+    """
+    blocks = [
+        block.detach().requires_grad_(head.requires_grad) for block in head.split(TOKENS_PER_BLOCK.on(head.device))
+    ]
+    return [(block, min(size, rows - start)) for block in blocks for start in range(0, rows, size)]
 
 
 def operations(products: Sequence[Product]) -> int:
