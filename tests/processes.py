@@ -171,10 +171,11 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
                 sys.stderr.flush()
                 os._exit(0)
         children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    statuses = [os.waitpid(child, 0)[1] for child in children]  # 0, unless a signal ended it
     left = [folder / f"{process}.pickle" for process in range(count)]
-    results = [pickle.loads(path.read_bytes()) for path in left]  # what is missing was told on stderr
+    if failed := [process for process, path in enumerate(left) if not path.is_file()]:
+        raise RuntimeError(f"processes {failed} of {count} left no result, statuses {statuses}: {work}")
+    results = [pickle.loads(path.read_bytes()) for path in left]
     for path in left:
         path.unlink()
     return results

@@ -14,9 +14,9 @@ from benchmarks import estimators
 from benchmarks.estimators_collect import Projections, collect, load
 from ebft.errors import UsageError
 from ebft.policy import CausalPolicy
+from tests.combs import comb
 from tests.enumeration import TablePolicy, features
 from tests.models import plain_logits, tiny
-from tests.test_policy import comb
 
 
 def changes_at_rollouts(model, row, start):

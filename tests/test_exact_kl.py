@@ -15,10 +15,10 @@ from ebft.objectives import exact_kl
 from ebft.objectives.kl import EXACT
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
+from tests.combs import LargestOverTheVocabulary, comb, gradients
 from tests.models import plain_logits, tiny
 from tests.runs import go, metrics, parts
 from tests.test_objectives_kl import TablePolicy
-from tests.test_policy import LargestOverTheVocabulary, comb, gradients
 
 TEMPERATURE = 0.7
 

@@ -10,9 +10,9 @@ from torch._dynamo.utils import counters
 
 from ebft.features.hidden import hidden
 from ebft.policy import CausalPolicy
+from tests.combs import comb
 from tests.models import tiny
 from tests.runs import go, metrics
-from tests.test_policy import comb
 from tests.test_static_decode import batch, documents, same
 
 pytestmark = [

@@ -7,8 +7,8 @@ import torch
 
 from ebft.layout import NestedPrefixLayout
 from ebft.policy import CausalPolicy
+from tests.combs import comb
 from tests.models import independent_score, tiny
-from tests.test_policy import comb
 
 
 def worst_error(name="mistral-window", kernel="chunked"):

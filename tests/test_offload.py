@@ -19,9 +19,9 @@ from ebft.planning import plan as planning
 from ebft.planning.memory import measure_rates
 from ebft.planning.speed import Device
 from ebft.policy import CausalPolicy
+from tests.combs import comb
 from tests.models import NAMES, tiny
 from tests.runs import go, metrics
-from tests.test_policy import comb
 
 CPU = torch.device("cpu")
 

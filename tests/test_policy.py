@@ -5,48 +5,21 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ebft import head_blocks
 from ebft.architectures import lost_windows
-from ebft.draw import sampling_log_probs
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.policy import CausalPolicy
 from ebft.samplers import independent, snapshot
-from ebft.tuning import PerDevice
-from tests.models import NAMES, UNSHARED, VOCABULARY, independent_score, plain_logits, tiny
+from tests.combs import comb, gradients
+from tests.models import NAMES, UNSHARED, independent_score, plain_logits, tiny
 
 # Families whose norms, rotations and softmax keep the weights' precision; the others compute in float32 inside.
 FLOAT64_THROUGHOUT = ("gpt2", "opt", "gpt_neox", "phi", "falcon")
 
-
-def comb(seed=0, batch=2, length=13, count=3, rollouts=2, horizon=3):
-    """Random tokens, per-row anchors (one masked), padding in the last row, and rollouts (one cut short)."""
-    random = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(2, VOCABULARY, (batch, length), generator=random)
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    mask[-1, -2:] = False
-    anchors = torch.stack([torch.randperm(length - horizon - 2, generator=random)[:count] + 1 for _ in range(batch)])
-    anchor_mask = torch.ones(batch, count, dtype=torch.bool)
-    if count > 1:
-        anchor_mask[0, -1] = False
-    rollout = torch.randint(2, VOCABULARY, (batch, count, rollouts, horizon), generator=random)
-    rollout_mask = anchor_mask[:, :, None, None].expand(rollout.shape).clone()
-    if horizon > 1:
-        rollout_mask[-1, 0, 0, 1:] = False
-    return tokens, mask, anchors, anchor_mask, rollout, rollout_mask
-
-
 # The gated delta rule works in float32 whatever it is given, and inverts a triangular matrix in every chunk: its
 # gradients lose more digits than the rest, and how many depends on the processor (1.3e-5 of the largest was seen).
 GRADIENT_ROUNDING = {"qwen3_5_text": 4e-5}
-
-
-def gradients(model, loss):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
-
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8, [3] * 6 + [4] * 7])
 STARTS = torch.tensor([[0] * 5 + [5] * 8, [0] * 6 + [6] * 7])
@@ -153,34 +126,6 @@ def test_padding_changes_nothing(kernel):
         torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
 
 
-class LargestOverTheVocabulary(TorchDispatchMode):
-    """The most rows of any tensor [..., V] that an operation returns, the head's own gradient [H, V] apart."""
-
-    def __init__(self, size):
-        self.size, self.rows = size, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.size:
-                self.rows = max(self.rows, tensor.numel() // self.size)
-        return out
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
-    size = 61
-    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=18, cuda=1))
-    policy = CausalPolicy(tiny(name, vocab_size=size, hidden_size=16), head_rows=18)
-    tokens, mask, anchors, anchor_mask, *_ = comb()
-    with LargestOverTheVocabulary(size) as largest:
-        drawn, _, alive = policy.sample(tokens, mask, anchors, anchor_mask, rollouts=5, horizon=4, seed=0)
-        log_prob, own = policy.score(tokens, mask, anchors, anchor_mask, drawn, alive)
-        (log_prob.sum() + own.sum()).backward()
-    assert largest.rows == 18
-    assert alive.sum() > 5 * 18
-
-
 def test_the_reference_is_the_start_and_with_adapters_no_second_copy():
     tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
     inputs = tokens, mask, anchors, anchor_mask, rollout, rollout_mask
@@ -199,22 +144,6 @@ def test_the_reference_is_the_start_and_with_adapters_no_second_copy():
         assert float((moved - before).detach().abs().max()) > 0.1
         torch.testing.assert_close(reference.score(*inputs)[0], before, atol=1e-6, rtol=0)
         torch.testing.assert_close(policy.score(*inputs)[0], moved, atol=0, rtol=0)
-
-
-def test_a_frozen_head_has_the_gradient_of_a_trained_one():
-    """The analytic gradient of `ebft.head_blocks` against autograd through the logits, at a temperature."""
-    results = []
-    for frozen in (False, True):
-        model = tiny("gpt2", dtype=torch.float64, tie_word_embeddings=False)
-        model.get_output_embeddings().weight.requires_grad_(not frozen)
-        policy = CausalPolicy(model, head_rows=5)
-        tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
-        score, trunk = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, temperature=0.7)
-        weights = torch.randn(score.shape, generator=torch.Generator().manual_seed(1))
-        embeddings = model.get_input_embeddings().weight
-        results.append((score, trunk, *torch.autograd.grad((score * weights).sum() + trunk.sum(), embeddings)))
-    for trained, frozen in zip(*results, strict=True):
-        torch.testing.assert_close(frozen, trained, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -259,26 +188,6 @@ def test_score_recomputes_what_the_sampler_recorded(options):
     torch.testing.assert_close(scored, recorded, atol=1e-5, rtol=0)
     plain, _ = policy.score(tokens, mask, anchors, anchor_mask, drawn, real)
     assert float((plain - recorded).detach().abs().max()) > 0.01
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}])
-def test_entropy_is_that_of_the_distribution_drawn_from(name, options):
-    """The analytic head (llama, gpt2), the one through autograd (gemma2's is capped), and truncation."""
-    model = tiny(name)
-    policy = CausalPolicy(copy.deepcopy(model), head_rows=5)
-    tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
-    *_, entropy = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, entropy=True, **options)
-    expected = torch.zeros(rollout.shape)
-    for b, k, n, g in rollout_mask.nonzero().tolist():
-        context = torch.cat([tokens[b, : anchors[b, k]], rollout[b, k, n, :g]])
-        log_probs = sampling_log_probs(plain_logits(model, context)[-1], **options)
-        log_probs = log_probs[log_probs > -torch.inf]
-        expected[b, k, n, g] = -(log_probs.exp() * log_probs).sum()
-    torch.testing.assert_close(entropy, expected, atol=3e-5, rtol=0)
-    ours, theirs = gradients(policy.model, entropy.sum()), gradients(model, expected.sum())
-    for left, right in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(left, right, atol=2e-5 * float(right.abs().max() + 1), rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
@@ -341,20 +250,6 @@ def test_whatever_a_family_raises_when_it_is_tried_is_a_reason_not_to_share():
     assert policy.not_shared == "its forward pass failed: KeyError: 'block_tables'"
     assert policy.kernel == "rows"
     policy.score(*comb())
-
-
-def test_a_head_that_does_something_unknown_is_refused():
-    model = tiny("llama")
-    head = model.get_output_embeddings()
-    model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
-    model.get_output_embeddings = lambda: head
-    with pytest.raises(UsageError, match=r"LlamaForCausalLM: its logits differ from those of its head"):
-        CausalPolicy(model)
-    model = tiny("llama")
-    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, VOCABULARY))
-    model.get_output_embeddings = lambda: model.lm_head[1]
-    with pytest.raises(UsageError, match=r"LlamaForCausalLM: its head does not go on its last hidden states .*shapes"):
-        CausalPolicy(model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

@@ -16,7 +16,7 @@ from ebft.tuning import PerDevice
 ANCHORS_PER_CALL = PerDevice(cpu=8, cuda=32)
 
 # Trunk tokens per call, for the same reason.
-TOKENS_PER_CALL = PerDevice(cpu=256, cuda=512)
+TOKENS_PER_CALL = PerDevice(cpu=128, cuda=512)
 
 # Added to a score: no weight is left beside any other key, but there is a sum of weights where there is no other.
 FAR_BELOW = -1e30
