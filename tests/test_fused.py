@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ebft.attention import Score, fused
+from ebft.attention import Score, chunks, fused
 from ebft.attention.rule import ScoreRule
 from ebft.layout import NestedPrefixLayout
+from ebft.tuning import PerDevice
 
 SCALING = 0.4
 
@@ -72,6 +73,7 @@ def test_it_gets_no_key_that_no_query_of_a_call_sees(monkeypatch, window):
         return forward(query, key, *rest, **options)
 
     monkeypatch.setattr(fused, "forward", counted)
+    monkeypatch.setattr(chunks, "TOKENS_PER_CALL", PerDevice(cpu=256, cuda=1))
     query, key, value = (torch.randn(2, heads, layout.size, 8) for heads in (4, 2, 2))
     Score(layout, "chunked")(0, query, key, value, ScoreRule(scaling=1.0, window=window))
     # queries and keys of 256 tokens, of the other 44, and of the teeth of all three anchors
