@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ebft import schema
+from ebft import head_blocks, schema
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.loops.scoring import score
@@ -15,6 +15,7 @@ from ebft.objectives import exact_kl
 from ebft.objectives.kl import EXACT
 from ebft.objectives.losses import EBFTLoss
 from ebft.policy import CausalPolicy
+from ebft.tuning import PerDevice
 from tests.combs import LargestOverTheVocabulary, comb, gradients
 from tests.models import plain_logits, tiny
 from tests.runs import go, metrics, parts
@@ -90,7 +91,8 @@ def test_from_the_start_of_adapters_only_they_have_a_gradient():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_no_more_than_a_chunk_of_logits_exists_at_a_time(name):
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=18, cuda=1))
     policy, start = (CausalPolicy(tiny(name, vocab_size=61, hidden_size=16, seed=s), head_rows=18) for s in (0, 1))
     batch = comb(rollouts=5, horizon=4)
     assert int(batch[-1].sum()) > 3 * 18
