@@ -6,11 +6,13 @@ from functools import partial
 import pytest
 import torch
 
+from ebft import head_blocks
 from ebft.architectures import lost_windows
 from ebft.errors import UsageError
 from ebft.loading import add_adapters
 from ebft.policy import CausalPolicy
 from ebft.samplers import independent, snapshot
+from ebft.tuning import PerDevice
 from tests.combs import comb, gradients
 from tests.models import NAMES, UNSHARED, independent_score, plain_logits, tiny
 
@@ -32,7 +34,8 @@ STARTS = torch.tensor([[0] * 5 + [5] * 8, [0] * 6 + [6] * 7])
     + [(name, "chunked", True) for name in NAMES]
     + [("gemma2", "dense", True), ("llama", "rows", True), ("qwen3_5_text", None, True), ("bloom", None, True)],
 )
-def test_score_equals_independent_forwards(name, kernel, documents):
+def test_score_equals_independent_forwards(name, kernel, documents, monkeypatch):
+    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=5, cuda=1))
     model = tiny(name)
     policy = CausalPolicy(copy.deepcopy(model), kernel=kernel, head_rows=5)
     tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()

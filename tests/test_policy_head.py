@@ -28,13 +28,14 @@ def test_no_tensor_over_the_vocabulary_beyond_a_chunk(name, monkeypatch):
     assert alive.sum() > 5 * 18
 
 
-def test_a_frozen_head_has_the_gradient_of_a_trained_one():
-    """The analytic gradient of `ebft.head_blocks` against autograd through the logits, at a temperature."""
+def test_a_frozen_head_has_the_gradient_of_a_trained_one(monkeypatch):
+    """The analytic gradient of `ebft.head_blocks` for a frozen weight against that for a trained one."""
+    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=5, cuda=1))
     results = []
     for frozen in (False, True):
         model = tiny("gpt2", dtype=torch.float64, tie_word_embeddings=False)
         model.get_output_embeddings().weight.requires_grad_(not frozen)
-        policy = CausalPolicy(model, head_rows=5)
+        policy = CausalPolicy(model)
         tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()
         score, trunk = policy.score(tokens, mask, anchors, anchor_mask, rollout, rollout_mask, temperature=0.7)
         weights = torch.randn(score.shape, generator=torch.Generator().manual_seed(1))
@@ -46,8 +47,9 @@ def test_a_frozen_head_has_the_gradient_of_a_trained_one():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}])
-def test_entropy_is_that_of_the_distribution_drawn_from(name, options):
+def test_entropy_is_that_of_the_distribution_drawn_from(name, options, monkeypatch):
     """The analytic head (llama, gpt2), the one through autograd (gemma2's is capped), and truncation."""
+    monkeypatch.setattr(head_blocks, "STATES_PER_BLOCK", PerDevice(cpu=5, cuda=1))
     model = tiny(name)
     policy = CausalPolicy(copy.deepcopy(model), head_rows=5)
     tokens, mask, anchors, anchor_mask, rollout, rollout_mask = comb()

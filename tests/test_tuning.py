@@ -26,7 +26,8 @@ def test_each_device_has_its_own():
     assert CausalPolicy(tiny()).head_rows == HEAD_ROWS.cpu
     assert CausalPolicy(tiny(), head_rows=5).head_rows == 5
     for module, name in PARTS.values():
-        assert getattr(module, name).cpu <= getattr(module, name).cuda
+        few = getattr(module, name)
+        assert few.cpu < few.cuda or (name == "STATES_PER_BLOCK" and few.cpu == few.cuda)
 
 
 def outcome(name):
