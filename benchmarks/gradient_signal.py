@@ -78,30 +78,29 @@ _FAMILIES_OF_LEVERS = (
     ("common prefix, by token", "common prefix, by token, ridge"),
 )  # fmt: skip
 _PAPER = "whitening=group alignment=cosine"
+_SAMPLE = "whitening=sample alignment=cosine"  # the whitening of the authors' code
 _FEATURES = {
     "dot": HIDDEN,
     "dot, 32 rollouts": f"{HIDDEN} rollouts=32",
-    "dot, tuned baseline": f"{HIDDEN} estimator=rloo_tuned",
     "paper": f"{HIDDEN} {_PAPER}",
     "paper, temperature 0.6": f"{HIDDEN} {_PAPER} temperature=0.6",
+    "paper, horizon 4": f"{HIDDEN} {_PAPER} horizon=4",
+    "paper, horizon 16": f"{HIDDEN} {_PAPER} horizon=16",
     "mean": f"{HIDDEN} pooling=mean",
     "mean, group": f"{HIDDEN} pooling=mean {_PAPER}",
-    "random weights": f"{HIDDEN} backbone=random",
+    "mean, sample": f"{HIDDEN} pooling=mean {_SAMPLE}",
     "sbert": "features=sbert",
-    "sbert, tuned baseline": "features=sbert estimator=rloo_tuned",
     "sbert, 16 context tokens, group": f"features=sbert context_tokens=16 {_PAPER}",
-    "1-grams": "features=ngram ngram=1",
-    "1-grams, sample": "features=ngram ngram=1 whitening=sample alignment=cosine",
+    "1-grams, sample": f"features=ngram ngram=1 {_SAMPLE}",
     "4-grams": "features=ngram ngram=4",
+    "4-grams, sample": f"features=ngram ngram=4 {_SAMPLE}",
+    "mean and 4-grams": "features=join:hidden+ngram pooling=mean ngram=4",
+    "sbert and 4-grams": "features=join:sbert+ngram ngram=4",
+    "sbert and common prefix": "features=join:sbert+match",
     "common prefix, by token": f"features=match {TOKENS}",
-    "common prefix, by token, ridge": f"features=match {TOKENS} token_baseline=ridge",
     "defaults of run": "features=sbert estimator=rloo_tuned stride=16 first=16",
 }
-_FAMILIES_OF_FEATURES = (
-    ("dot", "dot, tuned baseline", "dot, 32 rollouts"),
-    ("sbert", "sbert, tuned baseline"),
-    ("common prefix, by token", "common prefix, by token, ridge"),
-)
+_FAMILIES_OF_FEATURES = (("dot", "dot, 32 rollouts"),)
 TABLES = {
     "levers": Table(_LEVERS, _FAMILIES_OF_LEVERS, reference="paper", replicates=2),
     "features": Table(_FEATURES, _FAMILIES_OF_FEATURES, reference="dot, 32 rollouts", replicates=4),
