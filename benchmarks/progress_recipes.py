@@ -64,6 +64,9 @@ HALF_HOUR = Plan(
     },
 )
 
+_MEAN = "features=hidden pooling=mean whitening=group alignment=cosine"
+_LEXICAL = "features=ngram ngram=4 whitening=sample alignment=cosine"
+
 # The first run that a user makes, in the precision that `run` chooses, and one change of it at a time: 128 sequences
 # for each.
 LEVERS = Plan(
@@ -86,8 +89,13 @@ LEVERS = Plan(
         "more-rollouts": "rollouts=8",
         "denser": "stride=8 first=8",
         "cooler": "temperature=0.6",
-        "mean": "features=hidden pooling=mean whitening=group alignment=cosine",
+        "mean": _MEAN,
         "paper-reward": _REWARD,
+        # Rewards with more signal within sequences than that of sbert, with cross-entropy and alone
+        "lexical": _LEXICAL,
+        "lexical-alone": f"{_LEXICAL} ce=0",
+        "prefix-alone": "features=match pooling=none credit=reward_to_go ce=0",
+        "mean-alone": f"{_MEAN} ce=0",
     },
     against="defaults",
     measure=parse(f"{_MEASURE} features=sbert,hidden held_out=128 dtype=auto"),

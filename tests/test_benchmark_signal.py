@@ -109,9 +109,13 @@ def test_the_defaults_of_run_are_those_of_run():
     assert {name for name in ours if ours[name] != theirs.get(name)} == set()
 
 
-def test_the_kept_results_are_of_these_configurations():
+KEPT = {"levers": RESULTS / "signal.json", "features": RESULTS / "signal-features" / "signal.json"}
+
+
+@pytest.mark.parametrize("table_name", TABLES)
+def test_the_kept_results_are_of_these_configurations(table_name):
     """A row that was changed or added without being measured."""
-    kept, table = json.loads((RESULTS / "signal.json").read_text()), TABLES["levers"]
+    kept, table = json.loads(KEPT[table_name].read_text()), TABLES[table_name]
     assert list(kept["rows"]) == [*table.configurations, CROSS_ENTROPY]
     assert kept["families"].keys() == {f"{name} / {base}" for base, *others in table.families for name in others}
     compared = (*OF_SAMPLING, *OF_MATCHING, *OF_TOKENS, "alignment", "kernel", "match", "pooling")
