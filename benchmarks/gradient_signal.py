@@ -5,7 +5,7 @@
 measures smollm2-135m on the standard library's source (2 sequences of 128 tokens in a batch, 15 anchors each, rollouts
 of 8 tokens; gradients of rank-8 adapters of the last four layers) with `cli.py signal` in OUT, which goes on where it
 was stopped, and writes signal.json, signal.md and signal.png into OUT. Copy them to benchmarks/results to keep them.
-`levers` has everything that can be turned, `features` few rewards and many batches.
+`levers` has everything that can be turned, `features` many rewards, with their rollouts drawn more often.
 """
 
 from __future__ import annotations
