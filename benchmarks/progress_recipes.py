@@ -66,6 +66,7 @@ HALF_HOUR = Plan(
 
 _MEAN = "features=hidden pooling=mean whitening=group alignment=cosine"
 _LEXICAL = "features=ngram ngram=4 whitening=sample alignment=cosine"
+_PREFIX = "features=match pooling=none credit=reward_to_go"
 
 # The first run that a user makes, in the precision that `run` chooses, and one change of it at a time: 128 sequences
 # for each.
@@ -94,7 +95,8 @@ LEVERS = Plan(
         # Rewards with more signal within sequences than that of sbert, with cross-entropy and alone
         "lexical": _LEXICAL,
         "lexical-alone": f"{_LEXICAL} ce=0",
-        "prefix-alone": "features=match pooling=none credit=reward_to_go ce=0",
+        "prefix": _PREFIX,
+        "prefix-alone": f"{_PREFIX} ce=0",
         "mean-alone": f"{_MEAN} ce=0",
     },
     against="defaults",
