@@ -1,11 +1,12 @@
 """Signal of the gradient: every lever in one table, and those with one expected gradient against each other.
 
-    python benchmarks/gradient_signal.py OUT [BATCHES] [levers|features]
+    python benchmarks/gradient_signal.py OUT [BATCHES] [levers|features|second]
 
 measures smollm2-135m on the standard library's source (2 sequences of 128 tokens in a batch, 15 anchors each, rollouts
 of 8 tokens; gradients of rank-8 adapters of the last four layers) with `cli.py signal` in OUT, which goes on where it
 was stopped, and writes signal.json, signal.md and signal.png into OUT. Copy them to benchmarks/results to keep them.
-`levers` has everything that can be turned, `features` many rewards, with their rollouts drawn more often.
+`levers` has everything that can be turned, `features` many rewards, with their rollouts drawn more often, and `second`
+the strongest of these on other sequences, with 4 and 16 rollouts.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Table:
         families: names with one expected gradient, the first the one that others are measured against.
         reference: whose mean gradient cosines refer to.
         replicates: how often the rollouts of a batch are drawn.
+        seed: of the sequences and the rollouts.
     """
 
     configurations: dict[str, str]
     families: tuple[tuple[str, ...], ...]
     reference: str
     replicates: int
+    seed: int = 0
 
 
 _LEVERS = {
@@ -101,9 +104,25 @@ _FEATURES = {
     "defaults of run": "features=sbert estimator=rloo_tuned stride=16 first=16",
 }
 _FAMILIES_OF_FEATURES = (("dot", "dot, 32 rollouts"),)
+_SECOND = {
+    "paper": f"{HIDDEN} {_PAPER}",
+    "dot": HIDDEN,
+    "mean, sample": f"{HIDDEN} pooling=mean {_SAMPLE}",
+    "1-grams, sample": f"features=ngram ngram=1 {_SAMPLE}",
+    "common prefix, by token": f"features=match {TOKENS}",
+    "dot, 16 rollouts": f"{HIDDEN} rollouts=16",
+    "mean, sample, 16 rollouts": f"{HIDDEN} pooling=mean {_SAMPLE} rollouts=16",
+    "1-grams, sample, 16 rollouts": f"features=ngram ngram=1 {_SAMPLE} rollouts=16",
+    "common prefix, by token, 16 rollouts": f"features=match {TOKENS} rollouts=16",
+}
+_FAMILIES_OF_SECOND = (
+    ("dot", "dot, 16 rollouts"),
+    ("common prefix, by token", "common prefix, by token, 16 rollouts"),
+)
 TABLES = {
     "levers": Table(_LEVERS, _FAMILIES_OF_LEVERS, reference="paper", replicates=2),
     "features": Table(_FEATURES, _FAMILIES_OF_FEATURES, reference="dot, 32 rollouts", replicates=4),
+    "second": Table(_SECOND, _FAMILIES_OF_SECOND, reference="dot, 16 rollouts", replicates=2, seed=1),
 }
 
 
@@ -112,7 +131,7 @@ def command(out: Path, batches: int, table: Table) -> list[str]:
     options = {
         "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS,
         "reference": table.reference, "replicates": str(table.replicates),
-        "set": "stride=8 first=8 horizon=8 rollouts=4", "dtype": "float32",
+        "set": "stride=8 first=8 horizon=8 rollouts=4", "dtype": "float32", "seed": str(table.seed),
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     for name, text in table.configurations.items():

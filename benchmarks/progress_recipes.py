@@ -97,7 +97,10 @@ LEVERS = Plan(
         "lexical-alone": f"{_LEXICAL} ce=0",
         "prefix": _PREFIX,
         "prefix-alone": f"{_PREFIX} ce=0",
+        "prefix-alone-16": f"{_PREFIX} ce=0 rollouts=16",
         "mean-alone": f"{_MEAN} ce=0",
+        # Whitening as the one difference from policy-gradient
+        "whitened-alone": "whitening=group alignment=cosine ce=0",
     },
     against="defaults",
     measure=parse(f"{_MEASURE} features=sbert,hidden held_out=128 dtype=auto"),

@@ -109,7 +109,11 @@ def test_the_defaults_of_run_are_those_of_run():
     assert {name for name in ours if ours[name] != theirs.get(name)} == set()
 
 
-KEPT = {"levers": RESULTS / "signal.json", "features": RESULTS / "signal-features" / "signal.json"}
+KEPT = {
+    "levers": RESULTS / "signal.json",
+    "features": RESULTS / "signal-features" / "signal.json",
+    "second": RESULTS / "signal-second" / "signal.json",
+}
 
 
 @pytest.mark.parametrize("table_name", TABLES)
