@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,11 +185,15 @@ def main(
     cells: Annotated[str, typer.Option(help="RECIPE or RECIPE:SEED, with commas between; all; or none.")] = "all",
     minutes: Annotated[float | None, typer.Option(help="half-hour: training time of a cell (default 30).")] = None,
     seeds: Annotated[str, typer.Option(help="With commas between.")] = "0,1,2",
+    against: Annotated[str | None, typer.Option(help="The recipe that others are compared with.")] = None,
 ) -> None:
     """Train and measure the cells that are not there yet, and report on those that are."""
     if plan not in PLANS:
         raise UsageError(f"{plan}: expected a plan, {' or '.join(PLANS)}")
     made, numbers = PLANS[plan], [int(seed) for seed in seeds.split(",")]
+    if against is not None and against not in made.recipes:
+        raise UsageError(f"--against {against}: expected a recipe, {', '.join(made.recipes)}")
+    made = replace(made, against=against or made.against)
     chosen = chosen_cells(cells, made.recipes, numbers)
     out.mkdir(parents=True, exist_ok=True)
     steps = fixed_steps(out, made, minutes, {recipe for recipe, _ in chosen})

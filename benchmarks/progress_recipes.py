@@ -87,6 +87,7 @@ LEVERS = Plan(
         # The objective
         "cross-entropy": "method=sft",
         "policy-gradient": "ce=0",
+        "policy-gradient-16": "ce=0 rollouts=16",
         "more-rollouts": "rollouts=8",
         "denser": "stride=8 first=8",
         "cooler": "temperature=0.6",

@@ -77,9 +77,9 @@ def stand(monkeypatch) -> Stand:
     return made
 
 
-def sit(out: Path, cells: str, *, minutes: float | None = 2.0, seeds: str = "0,1") -> str:
+def sit(out: Path, cells: str, *, minutes: float | None = 2.0, seeds: str = "0,1", against: str | None = None) -> str:
     """One sitting; the report."""
-    progress.main(out, "plan", cells=cells, minutes=minutes, seeds=seeds)
+    progress.main(out, "plan", cells=cells, minutes=minutes, seeds=seeds, against=against)
     return (out / "progress.md").read_text()
 
 
@@ -176,6 +176,16 @@ def test_the_report_is_of_what_is_there(stand, tmp_path):
     assert missing == ["mean:1", "short:0", "short:1"]
     assert f"Missing: {', '.join(missing)}." in text
     assert "Steps timed on: a processor, 2 threads, cpu." in text
+
+
+def test_the_recipe_that_others_are_compared_with_can_be_another(stand, tmp_path):
+    sit(tmp_path, "plain,paper,mean:0")
+    _, against = sit(tmp_path, "none", against="plain").split("| against plain | seeds |")
+    assert columns(against, "paper")[:3] == ["paper", "2", "+0.0200 ± 0.0000 (+0.0200 to +0.0200)"]
+    assert columns(against, "mean")[:3] == ["mean", "1", "+0.0300 ± – (+0.0300 to +0.0300)"]
+    assert "| plain |" not in against
+    with pytest.raises(UsageError, match="--against plane: expected a recipe, paper, plain"):
+        sit(tmp_path, "none", against="plane")
 
 
 def test_the_interval_over_texts_is_of_the_difference(stand, tmp_path):
