@@ -121,6 +121,8 @@ def test_the_kept_results_are_of_these_configurations(table_name):
     """A row that was changed or added without being measured."""
     kept, table = json.loads(KEPT[table_name].read_text()), TABLES[table_name]
     assert list(kept["rows"]) == [*table.configurations, CROSS_ENTROPY]
+    assert (kept["reference"], kept["replicates"]) == (table.reference, table.replicates)
+    assert kept["identity"]["seed"] == table.seed
     assert kept["families"].keys() == {f"{name} / {base}" for base, *others in table.families for name in others}
     compared = (*OF_SAMPLING, *OF_MATCHING, *OF_TOKENS, "alignment", "kernel", "match", "pooling")
     for name, options in asked_for(table).items():
