@@ -1,6 +1,7 @@
 """Progress: how far each recipe lowers held-out feature-matching losses and cross-entropy.
 
     python benchmarks/progress.py OUT [half-hour|levers] [--cells paper:0,defaults] [--minutes 30] [--seeds 0,1,2]
+        [--against RECIPE]
 
 trains smollm2-135m on the standard library's source, for every recipe and seed. `half-hour` gives the paper's recipe
 and the defaults of `run` as many steps as fit into --minutes; `levers` starts from the first run that a user makes and
