@@ -73,7 +73,7 @@ def left_by(harness: str) -> tuple[Any, Any]:
         """Filled by a process of its own, since the threads of this one do not survive a fork."""
         folder = tmp_path_factory.mktemp("processes")
         done = subprocess.run([sys.executable, "-m", harness, folder], cwd=ROOT, capture_output=True, text=True)
-        assert (folder / "results.pt").is_file(), done.stderr
+        assert (folder / "results.pt").is_file(), done.stderr[-4000:]
         return folder
 
     @pytest.fixture(scope="module")
@@ -164,6 +164,9 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
             os.environ |= {"RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(count)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
             try:
+                # Rebuilds the thread pool that the fork broke, before threads that load a model do so at the same time:
+                # torch raises "Invalid thread pool!" where two of them do.
+                torch.set_num_threads(1)
                 (folder / f"{process}.pickle").write_bytes(pickle.dumps(work()))
             except BaseException:
                 traceback.print_exc()
