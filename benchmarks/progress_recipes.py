@@ -50,12 +50,15 @@ _PAPER = (
     " stride=8 first=8 temperature=0.6 pg=reinforce normalization=sequence lora=0 batch=16 micro_batch=4"
     " optimizer=adamw betas=0.9,0.95 weight_decay=0.0 lr=1e-6 lr_schedule=constant warm_up=0.03 max_grad_norm=1.0"
 )
+_MEAN = "features=hidden pooling=mean whitening=group alignment=cosine"
+_LEXICAL = "features=ngram ngram=4 whitening=sample alignment=cosine"
+_PREFIX = "features=match pooling=none credit=reward_to_go"
 _MEASURE = "data=stdlib length=128 horizons=8 stride=16 first=16 rollouts=4 seed=0"
 _CROSS_ENTROPY = Quantity(quantities.CROSS_ENTROPY, quantities.ALL)
 # In the precision that every machine has
 HALF_HOUR = Plan(
     common=parse(f"{_SHAPE} batch=8 lora=16 lr=0.001 ce=0 kl=0 dtype=float32"),
-    recipes={"paper": _PAPER, "defaults": "features=sbert ce=2.0"},
+    recipes={"paper": _PAPER, "defaults": "features=sbert ce=2.0", "prefix-alone-16": f"{_PREFIX} rollouts=16"},
     against="paper",
     measure=parse(f"{_MEASURE} features=hidden held_out=64 dtype=float32"),
     metrics={
@@ -63,10 +66,6 @@ HALF_HOUR = Plan(
         "cross_entropy": _CROSS_ENTROPY,
     },
 )
-
-_MEAN = "features=hidden pooling=mean whitening=group alignment=cosine"
-_LEXICAL = "features=ngram ngram=4 whitening=sample alignment=cosine"
-_PREFIX = "features=match pooling=none credit=reward_to_go"
 
 # The first run that a user makes, in the precision that `run` chooses, and one change of it at a time: 128 sequences
 # for each.
