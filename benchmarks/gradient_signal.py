@@ -12,17 +12,18 @@ the strongest of these on other sequences, with 4 and 16 rollouts.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.commands import command
 from ebft.files import write_atomically, write_json
 from ebft.loops.signal.run import judge
 from ebft.loops.signal.show import interval
 from ebft.loops.signal.store import GradientStore
 
-ROOT = Path(__file__).parents[1]
 PARAMETERS = r"layers\.(26|27|28|29)\..*lora_B"  # those of lora_A have no gradient at the start
 HIDDEN, TOKENS = "features=hidden", "pooling=none credit=reward_to_go"
 
@@ -117,8 +118,8 @@ TABLES = {
 }
 
 
-def command(out: Path, batches: int, table: Table) -> list[str]:
-    """The measurement as a command line."""
+def measurement(out: Path, batches: int, table: Table) -> list[str]:
+    """What `cli.py` is asked for."""
     options = {
         "out": str(out), "batches": str(batches), "batch": "2", "parameters": PARAMETERS,
         "reference": table.reference, "replicates": str(table.replicates),
@@ -128,7 +129,7 @@ def command(out: Path, batches: int, table: Table) -> list[str]:
     for name, text in table.configurations.items():
         own = "" if "estimator" in text or "first_token" in text else " estimator=rloo"
         arguments += ["--config", f"{name}: {text}{own}"]
-    return [sys.executable, str(ROOT / "cli.py"), "signal", *arguments]
+    return ["signal", *arguments]
 
 
 def families(out: Path, result: dict, table: Table) -> tuple[dict, str]:
@@ -151,7 +152,7 @@ def families(out: Path, result: dict, table: Table) -> tuple[dict, str]:
 
 
 def main(out: Path, batches: int, table: Table) -> None:
-    subprocess.run(command(out, batches, table), check=True)
+    command(*measurement(out, batches, table))
     result = json.loads((out / "signal.json").read_text())
     found, text = families(out, result, table)
     write_json(out / "signal.json", {**result, "families": found})

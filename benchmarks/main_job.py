@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.commands import command
+
 METRICS = ("feature_matching_loss", "cross_entropy", "kl", "distinct_rollouts")
 
 
@@ -43,8 +45,7 @@ def main(out: Path, seeds: list[str]) -> None:
     for seed in seeds:
         run = out / f"seed-{seed}"
         if not (run / "evaluation.json").exists():
-            command = [sys.executable, str(ROOT / "cli.py"), "run", "--features", "sbert", "--sampler", "strided"]
-            subprocess.run([*command, "--seed", seed, "--out", str(run)], check=True)
+            command("run", "--features", "sbert", "--sampler", "strided", "--seed", seed, "--out", str(run))
         results[seed] = json.loads((run / "evaluation.json").read_text())
         config = json.loads((run / "config.json").read_text())
         machine = {"machine": config["machine"], "versions": config["versions"], "options": config["options"]}

@@ -23,7 +23,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -35,20 +34,15 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import progress_report
+from benchmarks.commands import command
 from benchmarks.progress_recipes import PLANS, POLICY, Plan, flags
 from ebft.errors import UsageError
 from ebft.files import write_json
 from ebft.loops.evaluation.quantities import Quantity
 from ebft.loops.evaluation.result import read_totals
 
-ROOT = Path(__file__).parents[1]
 PROBE = 4  # steps of the run that measures a step; the first of them pays for what is done once
 Cell = tuple[str, int]
-
-
-def command(*arguments: str) -> None:
-    """Run one of the project's commands."""
-    subprocess.run([sys.executable, str(ROOT / "cli.py"), *arguments], check=True)
 
 
 def chosen_cells(text: str, recipes: Collection[str], seeds: Sequence[int]) -> list[Cell]:

@@ -4,7 +4,6 @@ import json
 import typing
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def given(arguments, name):
 
 def asked_for(table):
     """Name -> options of every configuration, as `signal` reads them from the command line."""
-    arguments, hints = gradient_signal.command(Path("out"), 3, table), typing.get_type_hints(run)
+    arguments, hints = gradient_signal.measurement(Path("out"), 3, table), typing.get_type_hints(run)
     (shared,) = given(arguments, "set")
     base = run_defaults() | parse_settings(shared, hints=hints)
     return dict(parse_configuration(text, base=base, hints=hints) for text in given(arguments, "config"))
@@ -65,7 +64,7 @@ def test_every_configuration_is_accepted(table):
     assert list(options) == list(table.configurations)
     for settings in options.values():
         assert resolve_run(settings)["features"]
-    arguments = gradient_signal.command(Path("out"), 3, table)
+    arguments = gradient_signal.measurement(Path("out"), 3, table)
     (reference,) = given(arguments, "reference")
     assert reference in options
     assert (given(arguments, "batches"), given(arguments, "dtype")) == (["3"], ["float32"])
@@ -162,17 +161,17 @@ def test_noise_over_that_of_the_first_by_hand(tmp_path):
 def test_the_second_table_is_there_once_however_often_it_is_made(tmp_path, monkeypatch):
     out, calls = tmp_path / "out", []
 
-    def stand(arguments, *, check):
-        calls.append((arguments, check))
+    def stand(*arguments):
+        calls.append(list(arguments))
         if not out.exists():
             keep_gradients(out)
             write_json(out / "signal.json", RESULT)
             (out / "signal.md").write_text("| a table |\n\nIts legend.\n")
 
-    monkeypatch.setattr(gradient_signal, "subprocess", SimpleNamespace(run=stand))
+    monkeypatch.setattr(gradient_signal, "command", stand)
     for _ in range(2):
         gradient_signal.main(out, 3, SMALL)
-    assert calls == [(gradient_signal.command(out, 3, SMALL), True)] * 2
+    assert calls == [gradient_signal.measurement(out, 3, SMALL)] * 2
     text = (out / "signal.md").read_text()
     assert text.startswith("| a table |\n\nIts legend.\n\n## Configurations with the same expected gradient\n")
     assert text.count("\n## ") == 1
@@ -191,10 +190,10 @@ def test_the_real_command_on_a_tiny_model(tiny_folder, tiny_text, tmp_path, monk
         **{"parameters": "lora_B", "set": "stride=8 first=8 horizon=4 rollouts=4"},
     }
 
-    def call(arguments, *, check):
-        app(replaced(arguments[2:], own), standalone_mode=False)
+    def call(*arguments):
+        app(replaced(list(arguments), own), standalone_mode=False)
 
-    monkeypatch.setattr(gradient_signal, "subprocess", SimpleNamespace(run=call))
+    monkeypatch.setattr(gradient_signal, "command", call)
     out = tmp_path / "out"
     gradient_signal.main(out, 3, table)
     result = json.loads((out / "signal.json").read_text())
