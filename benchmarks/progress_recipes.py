@@ -57,8 +57,13 @@ _MEASURE = "data=stdlib length=128 horizons=8 stride=16 first=16 rollouts=4 seed
 _CROSS_ENTROPY = Quantity(quantities.CROSS_ENTROPY, quantities.ALL)
 # In the precision that every machine has
 HALF_HOUR = Plan(
-    common=parse(f"{_SHAPE} batch=8 lora=16 lr=0.001 ce=0 kl=0 dtype=float32"),
-    recipes={"paper": _PAPER, "defaults": "features=sbert ce=2.0", "prefix-alone-16": f"{_PREFIX} rollouts=16"},
+    common=parse(f"{_SHAPE} batch=8 lora=16 lr=0.001 ce=0 dtype=float32"),
+    recipes={
+        "paper": f"{_PAPER} kl=0",
+        "defaults": "features=sbert ce=2.0 kl=0",
+        "cross-entropy": "method=sft ce=2.0",
+        "prefix-alone-16": f"{_PREFIX} rollouts=16 kl=0",
+    },
     against="paper",
     measure=parse(f"{_MEASURE} features=hidden held_out=64 dtype=float32"),
     metrics={
